@@ -1,0 +1,451 @@
+"""The walls of Linux, in the order in which they go up.
+
+`Linux.plan` runs in the host before the fork and decides everything; `Linux.enter` runs in the child and only carries it
+out. Any step that fails there ends the child, and the host raises UnsupportedError with the wall's name: nothing is
+downgraded on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import math
+import os
+import platform
+import resource
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from compart import _fast
+from compart.backend import Channel, Enforcement, Wall
+from compart.backend.linux import _sys, filters, landlock, mounts, notify, syscalls
+from compart.backend.linux.filters import BASE, CONTROL, FIRST_GRANT, LIFELINE, MOST_RANGES, RESULT, TRACE, WIDTH, Layout
+from compart.capability import Handed
+from compart.errors import PolicyError, UnsupportedError
+from compart.policy import Grant, Policy
+from compart.rights import Rights
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+SIGKILL = 9
+F_SETOWN, F_SETSIG, F_SETFL, O_ASYNC = 8, 10, 4, 0o20000
+MOST_SIGNALS = 256
+RESOLVE = 0x08 | 0x02  # RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS (openat2(2))
+ARCHES = {"x86_64": syscalls.AUDIT_ARCH_X86_64, "aarch64": syscalls.AUDIT_ARCH_AARCH64}
+
+
+class WallError(Exception):
+    """In the child: a wall could not be put up."""
+
+    def __init__(self, wall: str, reason: str) -> None:
+        self.wall, self.reason = wall, reason
+        super().__init__(f"{wall}: {reason}")
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the child does, and what the host needs to supervise it. Made for one compartment."""
+
+    policy: Policy
+    layout: Layout
+    arch: int
+    program: bytes
+    flags: int
+    joins: tuple[tuple[int, int], ...]
+    ruleset: int
+    moves: list[tuple[int, int]]
+    numbers: list[int]
+    cwd: str
+    host: int
+    null: int
+    owned: list[int] = field(default_factory=list)
+
+    @property
+    def paths(self) -> tuple[tuple[str, str], ...]:
+        return tuple((grant.path, grant.mode) for grant in self.policy.grants if grant.path)
+
+    def close(self) -> None:
+        """Close what was made for this compartment alone."""
+        for descriptor in self.owned:
+            os.close(descriptor)
+        self.owned = []
+
+
+class Linux:
+    """The backend for Linux: seccomp, Landlock, namespaces, rlimits."""
+
+    # ---- host --------------------------------------------------------------------------------------------------------
+
+    def open_beneath(self, directory: int, name: bytes, flags: int, mode: int) -> int:
+        return int(_sys.openat2(directory, name, flags, mode, RESOLVE))
+
+    def detached(self, descriptor: int, writable: bool) -> int:
+        return mounts.detached(descriptor, writable)
+
+    def plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
+        """Decide everything before the fork. UnsupportedError for a wall that cannot be put up."""
+        arch = ARCHES.get(platform.machine())
+        if arch is None:
+            raise UnsupportedError("seccomp", f"compart has no table of system calls for {platform.machine()}")
+        if policy.processes:
+            raise UnsupportedError(
+                "processes", f"processes={policy.processes}: compart cannot bound processes inside yet", "use processes=0"
+            )
+        _require_seccomp(policy)
+        listener = _has_listener()
+        if policy.threads is not None and not listener and "listener" not in policy.waive:
+            raise UnsupportedError(
+                "listener",
+                f"threads={policy.threads} needs a seccomp listener, and {_listener_reason()}",
+                "leave threads=None, or waive listener",
+            )
+        by_name = tuple(grant for grant in policy.grants if grant.kind in ("file", "directory"))
+        directories = [item for item in handed if item.kind == "directory"]
+        ranges, numbers = _ranges(handed)
+        layout = Layout(
+            ranges=ranges,
+            by_name=_widest(grant.mode for grant in by_name),
+            beneath=_widest(item.mode for item in directories),
+            listener=listener,
+            count_threads=policy.threads is not None,
+        )
+        ruleset, owned = _ruleset(policy, by_name, directories)
+        try:
+            return Plan(
+                policy=policy,
+                layout=layout,
+                arch=arch,
+                program=filters.program(layout, arch) if _sys.seccomp_flags_known(0) else b"",
+                flags=_flags() if listener else 0,
+                joins=_joins(policy, by_name),
+                ruleset=ruleset,
+                moves=[(item.descriptor, number) for item, number in zip(handed, numbers, strict=True)],
+                numbers=numbers,
+                cwd=os.getcwd() if by_name else "/",
+                host=os.getpid(),
+                null=_null(),
+                owned=owned,
+            )
+        except BaseException:
+            for descriptor in owned:
+                os.close(descriptor)
+            raise
+
+    def enforcement(self, policy: Policy) -> Enforcement:
+        """Which walls a compartment of this policy gets here, and why the others are missing."""
+        _require_seccomp(policy)
+        by_name = tuple(grant for grant in policy.grants if grant.kind in ("file", "directory"))
+        abi = landlock.abi()
+        listener = _has_listener()
+        try:
+            names = [name for name, kind in mounts.KINDS if kind in dict(_joins(policy, by_name))]
+            spaces = Wall("namespaces", bool(names), "empty root; joined: " + ", ".join(names))
+            if not names:
+                spaces = Wall("namespaces", False, _namespaces_reason())
+        except UnsupportedError as error:
+            spaces = Wall("namespaces", False, error.reason)
+        return Enforcement((
+            Wall("rlimits", True, _limits_text(policy)),
+            Wall("no_new_privs", True, "no set-user-ID, no file capabilities"),
+            Wall("capabilities", True, "none held, none to be had"),
+            Wall("descriptors", True, "only what was handed over is open; rights by number range"),
+            Wall("shared_memory", True, "inherited shared mappings that could be written are replaced"),
+            spaces,
+            Wall("landlock", bool(abi), f"ABI {abi}" if abi else "the kernel has no Landlock"),
+            Wall("seccomp", True, "default deny; x32 and i386 refused"),
+            Wall("listener", listener, "refused calls are recorded" if listener else _listener_reason()),
+        ))  # fmt: skip
+
+    # ---- child -------------------------------------------------------------------------------------------------------
+
+    def enter(self, plan: Plan, channel: Channel, prepare: Callable[[list[int]], None]) -> None:
+        """Put up every wall of the plan. There is no way back."""
+        wall = "start"
+        try:
+            _sys.default_signals()
+            baseline = _address_space() if plan.policy.memory_bytes is not None else 0
+            _die_with_host(plan, channel)
+            wall = "shared_memory"
+            _sys.drop_shared_mappings()
+            wall = "namespaces"
+            for kind, descriptor in plan.joins:
+                _sys.setns(descriptor, kind)
+            _start_directory(plan)
+            wall = "no_new_privs"
+            _sys.prctl(PR_SET_NO_NEW_PRIVS, 1)
+            wall = "landlock"
+            if plan.ruleset >= 0:
+                _sys.landlock_restrict_self(plan.ruleset)
+            wall = "descriptors"
+            _keep_only(plan, channel)
+            wall = "rlimits"
+            _limit(plan.policy, baseline)
+            wall = "capabilities"
+            _sys.drop_capabilities()
+            _sys.prctl(PR_SET_DUMPABLE, 1)  # the host reads the arguments of refused calls
+            _replace_environment(plan.policy)
+            wall = "prepare"
+            faulthandler.enable(file=2, all_threads=True)
+            if plan.layout.listener:
+                faulthandler.register(notify.STACK_SIGNAL, file=TRACE, all_threads=False, chain=False)
+            prepare(plan.numbers)
+            wall = "seccomp"
+            _sys.install_trap()
+            listener = _sys.seccomp(plan.program, plan.flags) if plan.program else 0
+            if listener:
+                _fast.send_fds(CONTROL, b"L", [listener])
+                os.close(listener)
+        except BaseException as error:
+            raise WallError(wall, f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else repr(error)) from error
+
+
+# ---- what this machine can do, tried once -----------------------------------------------------------------------------
+
+
+def _require_seccomp(policy: Policy) -> None:
+    if not _sys.seccomp_flags_known(0) and "seccomp" not in policy.waive:
+        raise UnsupportedError(
+            "seccomp", "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)", "there is no compartment without them"
+        )
+
+
+@lru_cache(maxsize=1)
+def _flags() -> int:
+    """The flags of seccomp(2) for a filter with a listener."""
+    return notify.NEW_LISTENER | (notify.WAIT_KILLABLE_RECV if notify.killable() else 0)
+
+
+@lru_cache(maxsize=1)
+def _listener_reason() -> str:
+    """Why no listener can be had here; "" when one can. One listener per chain of filters (seccomp_unotify(2))."""
+    if not _sys.seccomp_flags_known(notify.NEW_LISTENER):
+        return "the kernel has no seccomp listeners (Linux 5.0)"
+    return _try_listener()
+
+
+def _try_listener() -> str:
+    allow_all = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
+    said_r, said_w = os.pipe()
+    try:
+        pid, pidfd = _sys.fork(probe_heap=True)
+        if pid == 0:
+            try:
+                _sys.prctl(PR_SET_NO_NEW_PRIVS, 1)
+                _sys.seccomp(allow_all, _flags())
+                os.write(said_w, b"ok")
+            except OSError as error:
+                os.write(said_w, (error.strerror or "refused").encode())
+            finally:
+                os._exit(0)
+        _sys.waitid(pidfd)
+        os.close(pidfd)
+        os.close(said_w)
+        said_w = -1
+        said = os.read(said_r, 200).decode()
+    finally:
+        os.close(said_r)
+        if said_w >= 0:
+            os.close(said_w)
+    return "" if said == "ok" else f"seccomp refuses a listener ({said}); a filter around this process may have one already"
+
+
+_null_number = -1
+
+
+def _null() -> int:
+    """The host's /dev/null, for descriptor 0 inside: in an empty root there is none to open."""
+    global _null_number
+    try:
+        # A host that became a daemon may have closed it, and the number may be anything by now.
+        if os.fstat(_null_number).st_rdev != os.makedev(1, 3):
+            raise OSError
+    except OSError:
+        _null_number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    return _null_number
+
+
+def _has_listener() -> bool:
+    return _listener_reason() == ""
+
+
+_no_namespaces: list[str] = []
+
+
+def _joins(policy: Policy, by_name: tuple[Grant, ...]) -> tuple[tuple[int, int], ...]:
+    try:
+        return mounts.namespaces(by_name).joins
+    except UnsupportedError as error:
+        # Nothing granted by name: the other walls hold the same promises alone.
+        if by_name:
+            raise
+        _no_namespaces[:] = [error.reason]
+        return ()
+
+
+def _namespaces_reason() -> str:
+    return _no_namespaces[0] if _no_namespaces else "refused"
+
+
+def _ranges(handed: Sequence[Handed]) -> tuple[tuple[Rights, ...], list[int]]:
+    """One range of numbers for each set of rights: the sets, and each descriptor's number."""
+    sets: list[Rights] = sorted({item.rights for item in handed}, key=lambda held: held.words)
+    if len(sets) > MOST_RANGES:
+        raise PolicyError(f"{len(sets)} different sets of rights in one call; at most {MOST_RANGES} are possible")
+    used = dict.fromkeys(sets, 0)
+    numbers = []
+    for item in handed:
+        if used[item.rights] == WIDTH:
+            raise PolicyError(f"more than {WIDTH} descriptors with the same rights in one call; hand over a Directory")
+        numbers.append(FIRST_GRANT + WIDTH * sets.index(item.rights) + used[item.rights])
+        used[item.rights] += 1
+    return tuple(sets), numbers
+
+
+def _widest(modes: object) -> str:
+    found = set(modes)  # type: ignore[call-overload]
+    return "" if not found else "r" if found == {"r"} else "rw"
+
+
+_rulesets: dict[tuple[Grant, ...], int] = {}
+
+
+def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Handed]) -> tuple[int, list[int]]:
+    """A Landlock ruleset for these grants, or -1 where there is no Landlock; and what is owned by this call alone."""
+    if not landlock.abi():
+        if any(grant.mode == "w" for grant in by_name) and "landlock" not in policy.waive:
+            raise UnsupportedError(
+                "landlock", "a file granted by name for writing alone needs Landlock", "grant 'rw', or waive landlock"
+            )
+        return -1, []
+    if directories:
+        made = landlock.ruleset(_named(by_name) + [(d.descriptor, landlock.ACCESS["directory", d.mode]) for d in directories])
+        return made, [made]
+    if by_name not in _rulesets:
+        if len(_rulesets) > 64:
+            os.close(_rulesets.pop(next(iter(_rulesets))))
+        rules = _named(by_name)
+        try:
+            _rulesets[by_name] = landlock.ruleset(rules)
+        finally:
+            for descriptor, _ in rules:
+                os.close(descriptor)
+    return _rulesets[by_name], []
+
+
+def _named(by_name: tuple[Grant, ...]) -> list[tuple[int, int]]:
+    rules = []
+    for grant in by_name:
+        descriptor = os.open(grant.path, os.O_PATH | os.O_CLOEXEC)
+        rules.append((descriptor, landlock.ACCESS[grant.kind, grant.mode]))
+    return rules
+
+
+def _limits_text(policy: Policy) -> str:
+    memory = "unlimited" if policy.memory_bytes is None else f"{policy.memory_bytes / 2**20:.0f} MiB above the start"
+    cpu = "unlimited" if policy.cpu is None else f"{policy.cpu} s"
+    return f"memory {memory}, CPU {cpu}, {policy.open_files} descriptors, no core, no locked memory"
+
+
+# ---- in the child ------------------------------------------------------------------------------------------------------
+
+
+def _die_with_host(plan: Plan, channel: Channel) -> None:
+    if channel.lifeline >= 0:
+        # The kernel signals us when the last writer is gone, and that is the host alone (fcntl(2), F_SETSIG).
+        fcntl.fcntl(channel.lifeline, F_SETOWN, os.getpid())
+        fcntl.fcntl(channel.lifeline, F_SETSIG, SIGKILL)
+        fcntl.fcntl(channel.lifeline, F_SETFL, os.O_NONBLOCK | O_ASYNC)
+        with contextlib.suppress(BlockingIOError):
+            if os.read(channel.lifeline, 1) == b"":
+                os._exit(0)
+    else:
+        _sys.prctl(PR_SET_PDEATHSIG, SIGKILL)
+    if os.getppid() != plan.host:
+        os._exit(0)
+
+
+def _start_directory(plan: Plan) -> None:
+    """Names that are relative outside mean the same inside when the working directory was granted; else the root."""
+    os.chdir("/")
+    if plan.cwd != "/" and plan.joins:
+        with contextlib.suppress(OSError):
+            os.chdir(plan.cwd)
+
+
+def _keep_only(plan: Plan, channel: Channel) -> None:
+    """Move every descriptor to its number, and close all others."""
+    moves = [
+        (plan.null, 0),
+        (channel.stdout, 1),
+        (channel.stderr, 2),
+        (channel.result, RESULT),
+        (channel.control, CONTROL),
+        (channel.trace, TRACE),
+        *([(channel.lifeline, LIFELINE)] if channel.lifeline >= 0 else []),
+        *plan.moves,
+    ]
+    # Everything that is not needed goes first; that frees low numbers for what stands where something will arrive.
+    sources = sorted({source for source, _ in moves})
+    first = 0
+    for source in sources:
+        if source > first:
+            _sys.close_range(first, source - 1)
+        first = source + 1
+    _sys.close_range(first, 0xFFFFFFFF)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = max(number for _, number in moves)
+    if soft != resource.RLIM_INFINITY and soft <= top:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    staged = {
+        source: fcntl.fcntl(source, fcntl.F_DUPFD, 3) if source < 3 or source >= BASE else source for source in sources
+    }
+    arrived = set()
+    for source, number in moves:
+        os.dup2(staged[source], number, inheritable=True)
+        arrived.add(number)
+    _sys.close_range(3, BASE - 1)
+    first = BASE
+    for number in sorted(n for n in arrived if n >= BASE):
+        if number > first:
+            _sys.close_range(first, number - 1)
+        first = number + 1
+    _sys.close_range(first, 0xFFFFFFFF)
+
+
+def _address_space() -> int:
+    """Bytes of address space in use (proc(5), statm)."""
+    with open("/proc/self/statm", "rb", buffering=0) as statm:
+        return int(statm.read(64).split()[0]) * resource.getpagesize()
+
+
+def _limit(policy: Policy, baseline: int) -> None:
+    def put(which: int, soft: int, hard: int | None = None) -> None:
+        _, most = resource.getrlimit(which)
+        hard = soft if hard is None else hard
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        resource.setrlimit(which, (soft, hard))
+
+    if policy.memory_bytes is not None:
+        put(resource.RLIMIT_AS, baseline + policy.memory_bytes)
+    if policy.cpu is not None:
+        # The host ends it to the millisecond; whole seconds of the kernel stand behind.
+        put(resource.RLIMIT_CPU, math.ceil(policy.cpu) + 1, math.ceil(policy.cpu) + 2)
+    put(resource.RLIMIT_NOFILE, policy.open_files)
+    put(resource.RLIMIT_CORE, 0)
+    put(resource.RLIMIT_MEMLOCK, 0)
+    put(resource.RLIMIT_SIGPENDING, MOST_SIGNALS)
+    put(resource.RLIMIT_MSGQUEUE, 0)
+    put(resource.RLIMIT_NICE, 0)
+    put(resource.RLIMIT_RTPRIO, 0)
+
+
+def _replace_environment(policy: Policy) -> None:
+    # os.environ is emptied in place, as modules hold it; the C library's copy goes at once, not name by name.
+    os.environ._data.clear()  # type: ignore[attr-defined]
+    _sys.clear_environ()
+    for name, value in policy.env.items():
+        os.environ[name] = value
+

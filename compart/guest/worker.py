@@ -1,0 +1,314 @@
+"""The loop inside: enter capability mode, run one function, send what it gave, end.
+
+Runs in the forked child and nowhere else. It is our code until the function is called; from then on the whole process
+belongs to the attacker, and nothing that it says is believed by the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import io
+import mmap
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from compart import _fast, message
+from compart.backend import Backend, Channel
+from compart.backend.linux.filters import CONTROL, RESULT, TRACE
+from compart.capability import Directory, Handed, rebuild
+from compart.guest.explain import where
+from compart.guest.inside import hand
+
+INLINE = 65536
+"""Buffers from this size on travel by shared memory instead of the pipe."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One call, as the child finds it in the memory it inherited. `plan` is the backend's."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kind: str
+    handed: list[Handed]
+    registry: _fast.Registry
+    types: tuple[type, ...]
+    result_limit: int
+    plan: Any
+    channel: Channel
+
+
+def main(backend: Backend, job: Job) -> None:
+    """Run the job and end the process. Called in the child right after the fork; does not return."""
+    code = 1
+    try:
+        code = _enter_and_run(backend, job)
+    except BaseException:
+        # Nothing is left to tell it to; the exit code says that the worker itself broke.
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+        code = 70
+    finally:
+        os._exit(code)
+
+
+def _enter_and_run(backend: Backend, job: Job) -> int:
+    gc.disable()
+    gc.freeze()
+    rebuilt: dict[int, object] = {}
+
+    def prepare(numbers: list[int]) -> None:
+        _new_streams()
+        for item, number in zip(job.handed, numbers, strict=True):
+            made = rebuild(item, number)
+            rebuilt[id(item.original)] = made
+            hand(item.original, made)
+        _forget_event_loop()
+        _tell_late_imports()
+
+    # The walls report by the pipe's number of before or after the move, whichever is there.
+    result = job.channel.result
+    try:
+        backend.enter(job.plan, job.channel, prepare)
+    except Exception as error:
+        wall, reason = getattr(error, "wall", "start"), getattr(error, "reason", repr(error))
+        for number in (RESULT, result):
+            with contextlib.suppress(OSError):
+                _fast.write_frame(number, message.WALL, f"{wall}\n{reason}".encode(errors="replace")[:4000])
+                break
+        return 71
+    gc.enable()
+    args, kwargs = job.args, job.kwargs
+    if rebuilt:
+        args = _replace(args, rebuilt)
+        kwargs = _replace(kwargs, rebuilt)
+    _run(job, args, kwargs)
+    return 0
+
+
+def _run(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        value = job.function(*args, **kwargs)
+        if job.kind == "coroutine":
+            value = _await(value)
+        elif job.kind in ("stream", "async stream"):
+            _stream(job, value)
+            value = None
+    except BaseException as error:
+        _flush()
+        _send_error(error)
+        return
+    _flush()
+    _send_value(job, message.END if "stream" in job.kind else message.VALUE, value)
+
+
+def _await(awaitable: Any) -> Any:
+    import asyncio
+
+    async def main() -> Any:
+        return await awaitable
+
+    return asyncio.run(main())
+
+
+def _stream(job: Job, values: Any) -> None:
+    """Send each value as it comes. A full pipe holds the generator up: that is the back-pressure."""
+    if job.kind == "async stream":
+
+        async def drain() -> None:
+            async for value in values:
+                _send_value(job, message.YIELD, value)
+
+        _await(drain())
+    else:
+        for value in values:
+            _send_value(job, message.YIELD, value)
+
+
+# ---- sending ----------------------------------------------------------------------------------------------------------
+
+
+def _send_value(job: Job, kind: int, value: Any) -> None:
+    buffers: list[Any] = []
+    descriptors: list[int] = []
+
+    def describe(item: object) -> tuple[str, object] | None:
+        described = _describe(item)
+        if described is not None:
+            descriptors.append(described[2])
+            return described[0], described[1]
+        return None
+
+    try:
+        body = _fast.encode(value, job.registry, job.result_limit, inline=INLINE, buffers=buffers, describe=describe)
+    except _fast.Unencodable as error:
+        said = where(value, job.registry, job.types, str(error))
+        _fast.write_frame(RESULT, message.UNENCODABLE, said.encode(errors="replace")[:60000])
+        return
+    except _fast.TooLarge as error:
+        _fast.write_frame(RESULT, message.TOO_LARGE, str(error.size).encode())
+        return
+    except MemoryError as error:
+        _send_error(error)
+        return
+    if descriptors:
+        _fast.send_fds(CONTROL, b"D", descriptors)
+    places: list[tuple[int, int]] = []
+    if buffers:
+        places, room = message.layout([memoryview(item).nbytes for item in buffers])
+        _place(buffers, places, room)
+    _fast.write_frame(RESULT, kind, message.prefix(places, len(descriptors)), body)
+
+
+def _place(buffers: list[Any], places: list[tuple[int, int]], room: int) -> None:
+    """Borrow shared memory from the host and copy the big buffers there."""
+    _fast.send_fds(CONTROL, b"A" + room.to_bytes(8, "little"), [])
+    answer, lent = _fast.recv_fds(CONTROL, 64, 1)
+    if not lent:
+        raise OSError(f"the host lent no memory: {answer!r}")
+    with mmap.mmap(lent[0], int.from_bytes(answer[1:9], "little")) as shared:
+        os.close(lent[0])
+        for item, (offset, _) in zip(buffers, places, strict=True):
+            _fast.copy_into(shared, offset, item)
+
+
+def _describe(item: object) -> tuple[str, object, int] | None:
+    """A file or directory that leaves: its kind, what the host needs to rebuild it, its descriptor."""
+    if isinstance(item, Directory):
+        return "directory", item.mode, item.fileno()
+    if isinstance(item, io.IOBase):
+        try:
+            number = item.fileno()
+        except (OSError, ValueError):
+            return None
+        if isinstance(item, io.TextIOWrapper):
+            item.flush()
+            return "text", (item.encoding, item.errors), number
+        if isinstance(item, (io.BufferedWriter, io.BufferedRandom)):
+            item.flush()
+        return "file", None, number
+    return None
+
+
+_ERROR_ATTRIBUTES = ("errno", "strerror", "filename", "name", "path")
+
+
+def _send_error(error: BaseException) -> None:
+    body: bytes
+    try:
+        body = _error_body(error, plain_args(error))
+    except BaseException:
+        # Out of memory, or an exception whose own methods raise.
+        body = _fast.encode(
+            {"type": type(error).__name__, "args": None, "text": "", "notes": [], "frames": [], "context": "", "attributes": {}},
+            message.EMPTY, 1 << 16,
+        )  # fmt: skip
+    _fast.write_frame(RESULT, message.RAISED, body)
+
+
+def _error_body(error: BaseException, args: tuple[Any, ...] | None) -> bytes:
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [(f.filename, f.lineno or 0, f.name) for f in stack if not f.filename.endswith("compart/guest/worker.py")]
+    if len(frames) > message.MOST_FRAMES:
+        half = message.MOST_FRAMES // 2
+        frames = frames[:half] + frames[-half:]
+    attributes = {}
+    for attribute in _ERROR_ATTRIBUTES:
+        value = getattr(error, attribute, None)
+        if isinstance(value, (str, bytes, int)):
+            attributes[attribute] = value[:4096] if isinstance(value, (str, bytes)) else value
+    said = {
+        "type": name,
+        "args": args,
+        "text": str(error)[:16000],
+        "notes": [str(note)[:4000] for note in getattr(error, "__notes__", ())[:16]],
+        "frames": frames,
+        "context": _context(error),
+        "attributes": attributes,
+    }
+    return _fast.encode(said, message.EMPTY, 1 << 20)
+
+
+def plain_args(error: BaseException) -> tuple[Any, ...] | None:
+    """The exception's arguments when they are plain values of a reasonable size, else None."""
+    try:
+        if len(_fast.encode(error.args, message.EMPTY, 1 << 18)) < 1 << 18:
+            return error.args
+    except (_fast.Unencodable, _fast.TooLarge):
+        pass
+    return None
+
+
+def _context(error: BaseException) -> str:
+    """What led to the exception, as one line for each step back."""
+    lines: list[str] = []
+    seen = {id(error)}
+    step: BaseException | None = error
+    while step is not None and len(lines) < 8:
+        cause = step.__cause__ or (None if step.__suppress_context__ else step.__context__)
+        if cause is None or id(cause) in seen:
+            break
+        how = "caused by" if step.__cause__ is not None else "while handling"
+        lines.append(f"{how} {type(cause).__name__}: {str(cause)[:500]}")
+        seen.add(id(cause))
+        step = cause
+    return "\n".join(lines)
+
+
+# ---- making the inherited interpreter fit for a life inside -----------------------------------------------------------------
+
+
+def _new_streams() -> None:
+    # The host's objects hold text that it has not written yet; it must not come out a second time.
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _forget_event_loop() -> None:
+    """The host's running loop is not ours: its selector's descriptors are gone."""
+    asyncio = sys.modules.get("asyncio.events")
+    if asyncio is not None:
+        asyncio._set_running_loop(None)
+        asyncio.set_event_loop_policy(None) if sys.version_info < (3, 14) else None
+    faulthandler.cancel_dump_traceback_later()
+
+
+class _LateImport:
+    """Before the finder that would look for files: tells the host which module was asked for."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        with contextlib.suppress(Exception):
+            os.write(TRACE, f"import {name}\n".encode(errors="replace")[:300])
+
+
+def _tell_late_imports() -> None:
+    sys.meta_path.insert(0, _LateImport())  # type: ignore[arg-type]
+
+
+def _replace(value: Any, rebuilt: dict[int, object]) -> Any:
+    """The same value with what was handed over in its place; containers that hold none stay themselves."""
+    if id(value) in rebuilt:
+        return rebuilt[id(value)]
+    kind = type(value)
+    if kind in (list, tuple, set, frozenset):
+        return kind(_replace(item, rebuilt) for item in value)
+    if kind is dict:
+        return {key: _replace(item, rebuilt) for key, item in value.items()}
+    return value

@@ -1,0 +1,114 @@
+"""Shared memory for big buffers: lent to a compartment, read in place, scrubbed and used again.
+
+Runs in the host. A piece is a sealed memfd (it can neither shrink nor grow, so reading it never ends in SIGBUS) with a
+mapping that no forked child inherits. A free piece holds nothing but zeroes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+
+from compart import _fast
+from compart.backend.linux import _sys
+
+GRAIN = 1 << 20
+MOST_FREE = 256 << 20
+SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW (fcntl(2))
+F_ADD_SEALS = 1033
+
+
+class Piece:
+    """One piece of shared memory. `size` bytes at `mapping`; `descriptor` is what a compartment maps."""
+
+    __slots__ = ("descriptor", "mapping", "size")
+
+    def __init__(self, size: int) -> None:
+        self.descriptor = os.memfd_create("compart", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, size)
+            fcntl.fcntl(self.descriptor, F_ADD_SEALS, SEALS)
+            self.mapping = _sys.Mapping(self.descriptor, size)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self.size = size
+
+    def destroy(self) -> None:
+        os.close(self.descriptor)
+        self.mapping.close()
+
+
+class Lease(_sys.View):
+    """A piece while somebody uses it, exported read-only. When the last view of it dies, it is scrubbed and goes back."""
+
+    def __init__(self, mapping: _sys.Mapping, piece: Piece) -> None:
+        self._piece: Piece | None = piece
+        self._pid = os.getpid()
+
+    @property
+    def descriptor(self) -> int:
+        """What a compartment maps."""
+        assert self._piece is not None
+        return self._piece.descriptor
+
+    @property
+    def size(self) -> int:
+        assert self._piece is not None
+        return self._piece.size
+
+    def __del__(self) -> None:
+        piece, self._piece = self._piece, None
+        if piece is not None and self._pid == os.getpid():
+            _give_back(piece)
+
+
+_lock = threading.Lock()
+_free: list[Piece] = []
+
+
+def lease(size: int) -> Lease:
+    """At least `size` bytes of zeroed shared memory."""
+    with _lock:
+        fitting = [piece for piece in _free if size <= piece.size <= 2 * size + GRAIN]
+        if fitting:
+            best = min(fitting, key=lambda piece: piece.size)
+            _free.remove(best)
+            return Lease(best.mapping, best)
+    made = Piece((size + GRAIN - 1) // GRAIN * GRAIN)
+    return Lease(made.mapping, made)
+
+
+def _give_back(piece: Piece) -> None:
+    try:
+        # The compartment may have written anywhere in it.
+        _fast.zero(piece.mapping, piece.size)
+    except BaseException:
+        piece.destroy()
+        raise
+    with _lock:
+        if sum(p.size for p in _free) + piece.size <= MOST_FREE:
+            _free.append(piece)
+            return
+    piece.destroy()
+
+
+def trim() -> None:
+    """Give all free pieces back to the system."""
+    with _lock:
+        pieces, _free[:] = list(_free), []
+    for piece in pieces:
+        piece.destroy()
+
+
+def _forked() -> None:
+    # The mappings did not come along (MADV_DONTFORK), and the lock may be held by a thread that did not either.
+    global _lock
+    _lock = threading.Lock()
+    for piece in _free:
+        os.close(piece.descriptor)
+    _free.clear()
+
+
+os.register_at_fork(after_in_child=_forked)

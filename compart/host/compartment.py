@@ -1,0 +1,543 @@
+"""One compartment: fork it, supervise it, take its answer, reap it.
+
+Runs in the host, on the thread that made the call: it already waits for the answer, so it also answers refused calls,
+drains captured output and watches the clock. Everything that arrives is read as an attacker's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from compart import _fast, backend, message
+from compart.backend import Channel, Enforcement
+from compart.backend.linux import _sys
+from compart.backend.linux.notify import MOST_TRACE, Supervisor
+from compart.backend.linux.walls import Plan
+from compart.capability import Directory, Handed
+from compart.errors import (
+    CompartmentDied,
+    CompartmentTimeout,
+    EncodeError,
+    MemoryLimitError,
+    ProtocolError,
+    UnsupportedError,
+    Usage,
+    ViolationError,
+    signal_name,
+)
+from compart.guest import worker
+from compart.guest.worker import Job
+from compart.host import arena, remote
+from compart.policy import Policy
+from compart.violation import Violation
+
+CLD_EXITED, CLD_KILLED, CLD_DUMPED = 1, 2, 3
+MOST_LENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything one call gave: its value, captured output, what it used, what was refused, which walls were up."""
+
+    value: Any
+    stdout: str
+    stderr: str
+    usage: Usage
+    violations: tuple[Violation, ...]
+    enforcement: Enforcement
+
+
+@dataclass(slots=True)
+class Call:
+    """What is to be run: the function, its arguments, and what it may send back."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kind: str
+    policy: Policy
+    types: tuple[type, ...]
+    registry: Any
+    name: str
+
+
+class Compartment:
+    """One confined process and the host's handle on it. It lives from the constructor to `close`.
+
+    `pump(timeout)` serves whatever is ready; `answer` is the frame that the compartment sent, once there is one.
+    """
+
+    def __init__(self, call: Call, handed: list[Handed], *, stream: bool = False) -> None:
+        self.call = call
+        self.policy = call.policy
+        self.started = time.monotonic()
+        self.deadline = None if self.policy.timeout is None else self.started + self.policy.timeout
+        self.frames = _fast.FrameReader(self.policy.result_limit + message.OVERHEAD)
+        self.output: dict[int, bytearray] = {}
+        self.relays: dict[int, int] = {}
+        self.stdout = bytearray()
+        self.stderr = bytearray()
+        self.supervisor: Supervisor | None = None
+        self.leases: list[arena.Lease] = []
+        self.descriptors: list[int] = []
+        self.limit: str | None = None
+        self.died: tuple[int, int, float, float, int] | None = None
+        self.ended_at = 0.0
+        self.closed = False
+        self.finished = False
+        self.result_open = True
+        self.pidfd = self.result = self.control = self.trace = self.listener = -1
+        self.lifeline = -1
+        self.poll = select.poll()
+        self._polled: set[int] = set()
+        self.backend = backend.select()
+        self.plan: Plan = self.backend.plan(self.policy, handed)
+        try:
+            self._start(handed, stream)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- birth ----------------------------------------------------------------------------------------------------------
+
+    def _start(self, handed: list[Handed], stream: bool) -> None:
+        theirs: list[int] = []
+        try:
+            self.result, result_w = _pipe(theirs, reader_ours=True)
+            self.trace, trace_w = _pipe(theirs, reader_ours=True)
+            ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.control = ours.detach()
+            control = other.detach()
+            theirs.append(control)
+            stdout = self._output(self.policy.stdout, self.stdout, 1, theirs)
+            stderr = self._output(self.policy.stderr, self.stderr, 2, theirs)
+            lifeline = -1
+            if stream and threading.current_thread() is not threading.main_thread():
+                # The thread that starts a stream may end before it does, and would take the compartment along.
+                lifeline, self.lifeline = os.pipe()
+                theirs.append(lifeline)
+            channel = Channel(result_w, control, trace_w, stdout, stderr, lifeline)
+            job = Job(
+                self.call.function, self.call.args, self.call.kwargs, self.call.kind, handed, self.call.registry,
+                self.call.types, self.policy.result_limit, self.plan, channel,
+            )  # fmt: skip
+            self.pid, self.pidfd = self._fork(job)
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        for descriptor in (self.result, self.control, self.trace, *self.output):
+            os.set_blocking(descriptor, False)
+            self._watch(descriptor)
+        self._watch(self.pidfd)
+
+    def _fork(self, job: Job) -> tuple[int, int]:
+        pid, pidfd = _sys.fork(probe_heap=threading.active_count() > 1)
+        if pid == 0:
+            worker.main(self.backend, job)
+        return pid, pidfd
+
+    def _output(self, how: str, into: bytearray, number: int, theirs: list[int]) -> int:
+        if how == "null":
+            theirs.append(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+            return theirs[-1]
+        # "inherit" is relayed too: the compartment never holds the host's own terminal or log file.
+        ours, other = _pipe(theirs, reader_ours=True)
+        self.output[ours] = into if how == "capture" else bytearray()
+        if how == "inherit":
+            self.relays[ours] = number
+        return other
+
+    # ---- life -----------------------------------------------------------------------------------------------------------
+
+    def wait_frame(self) -> tuple[int, bytes] | None:
+        """The next frame, or None when the compartment ended without one. Enforces time, CPU and violations."""
+        while True:
+            frame = self.frames.take()
+            if frame is not None:
+                return frame
+            if self.finished:
+                return None
+            self.pump(self.patience())
+
+    def patience(self) -> float | None:
+        """Seconds until the clock must be looked at again; None for never."""
+        now = time.monotonic()
+        left = None if self.deadline is None else max(0.0, self.deadline - now)
+        if self.policy.cpu is not None:
+            spare = max(0.002, (self.policy.cpu - self._cpu_used()) / (os.cpu_count() or 1))
+            left = spare if left is None else min(left, spare)
+        return left
+
+    def pump(self, timeout: float | None) -> None:
+        """Serve what is ready, waiting at most `timeout` seconds for something to be."""
+        ready = self.poll.poll(None if timeout is None else timeout * 1000 + 1)
+        for descriptor, _ in ready:
+            if self.finished and descriptor != self.result:
+                continue
+            if descriptor == self.result:
+                self._fill()
+            elif descriptor == self.listener:
+                self._serve()
+            elif descriptor == self.control:
+                self._control()
+            elif descriptor == self.trace:
+                self._trace()
+            elif descriptor in self.output:
+                self._drain(descriptor)
+            elif descriptor == self.pidfd:
+                self._ended()
+        self._check_limits()
+
+    def _watch(self, descriptor: int) -> None:
+        self.poll.register(descriptor, select.POLLIN)
+        self._polled.add(descriptor)
+
+    def _unwatch(self, descriptor: int) -> None:
+        if descriptor in self._polled:
+            self.poll.unregister(descriptor)
+            self._polled.discard(descriptor)
+
+    def _fill(self) -> None:
+        try:
+            self.frames.fill(self.result)
+        except EOFError:
+            self.result_open = False
+            self._unwatch(self.result)
+            # Without its pipe it can say nothing more.
+            self.kill()
+        except _fast.Malformed as error:
+            self.kill()
+            raise ProtocolError(f"the compartment broke the protocol: {error}") from None
+
+    def _serve(self) -> None:
+        assert self.supervisor is not None
+        try:
+            self.supervisor.serve()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EINPROGRESS, errno.EBADF, errno.EINVAL):
+                raise
+            self._unwatch(self.listener)
+        if self.supervisor.kill_wanted:
+            self.kill()
+
+    def _control(self) -> None:
+        try:
+            said, descriptors = _fast.recv_fds(self.control, 64, message.MOST_DESCRIPTORS, wait=False)
+        except BlockingIOError:
+            return
+        except _fast.Malformed as error:
+            self.kill()
+            raise ProtocolError(f"the compartment sent descriptors that break the protocol: {error}") from None
+        except OSError:
+            said, descriptors = b"", []
+        if not said:
+            self._unwatch(self.control)
+        elif said == b"L" and len(descriptors) == 1 and self.supervisor is None and self.plan.layout.listener:
+            self._listen(descriptors[0])
+        elif said == b"D" and descriptors and len(self.descriptors) + len(descriptors) <= message.MOST_DESCRIPTORS:
+            self.descriptors += descriptors
+        elif said[:1] == b"A" and len(said) == 9 and not descriptors:
+            self._lend(int.from_bytes(said[1:9], "little"))
+        else:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self.kill()
+            raise ProtocolError(f"the compartment sent {said[:1]!r} with {len(descriptors)} descriptors, which nobody asked for")
+
+    def _listen(self, listener: int) -> None:
+        self.listener = listener
+        self.supervisor = Supervisor(
+            listener=listener, pid=self.pid, policy=self.policy, arch=self.plan.arch, paths=self.plan.paths, cwd=self.plan.cwd
+        )
+        self._watch(listener)
+
+    def _lend(self, size: int) -> None:
+        # A value larger than the policy allows is refused here, not when it has been written.
+        if size > self.policy.result_limit + message.MOST_BUFFERS * message.ALIGN or len(self.leases) >= MOST_LENT:
+            self.kill()
+            self.limit = "result_bytes"
+            return
+        lent = arena.lease(size)
+        self.leases.append(lent)
+        with contextlib.suppress(OSError):
+            _fast.send_fds(self.control, b"A" + lent.size.to_bytes(8, "little"), [lent.descriptor])
+
+    def _trace(self) -> None:
+        into = self.supervisor.trace if self.supervisor is not None else bytearray()
+        if _fast.read_into(self.trace, into, MOST_TRACE) < 0:
+            self._unwatch(self.trace)
+
+    def _drain(self, descriptor: int) -> None:
+        into = self.output[descriptor]
+        ended = _fast.read_into(descriptor, into, self.policy.output_limit) < 0
+        if descriptor in self.relays and into:
+            with contextlib.suppress(OSError):
+                os.write(self.relays[descriptor], into)
+            into.clear()
+        if ended:
+            self._unwatch(descriptor)
+
+    def _check_limits(self) -> None:
+        if self.finished:
+            return
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.limit = "timeout"
+            self.kill()
+        elif self.policy.cpu is not None and self._cpu_used() >= self.policy.cpu:
+            self.limit = "cpu"
+            self.kill()
+
+    def _cpu_used(self) -> float:
+        # The kernel's clock of another process's CPU time: clock_getcpuclockid(3).
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)
+        except OSError:
+            return 0.0
+
+    def watched(self) -> set[int]:
+        """The descriptors that `pump` serves, for an event loop to watch."""
+        if self.finished:
+            return set()
+        return set(self._polled)
+
+    # ---- death ------------------------------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End the compartment and reap it. What it already sent stays readable."""
+        if self.finished:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            _sys.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self._ended()
+
+    def _ended(self) -> None:
+        if self.finished:
+            return
+        self.died = _sys.waitid(self.pidfd)
+        self.finished = True
+        self.ended_at = time.monotonic()
+        for descriptor in self.output:
+            for _ in range(64):
+                before = len(self.output[descriptor])
+                self._drain(descriptor)
+                if len(self.output[descriptor]) == before:
+                    break
+        self._trace_rest()
+        if self.result_open:
+            self._fill()
+
+    def _trace_rest(self) -> None:
+        if self.supervisor is not None:
+            self._trace()
+
+    @property
+    def stillborn(self) -> bool:
+        """Whether it was ended because another thread of the host held a lock of malloc at the moment of the fork."""
+        return self.died is not None and self.died[:2] == (CLD_KILLED, signal.SIGALRM) and not _sys.fork_runs_handlers()
+
+    @property
+    def usage(self) -> Usage:
+        """What the compartment used, complete once it has ended."""
+        wall = (self.ended_at or time.monotonic()) - self.started
+        if self.died is None:
+            return Usage(wall=wall)
+        return Usage(wall=wall, user=self.died[2], system=self.died[3], max_rss=self.died[4])
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        return self.supervisor.violations() if self.supervisor is not None else ()
+
+    def close(self) -> None:
+        """Kill it if it lives, and give back everything the host held for it. Closing twice is allowed."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.pidfd >= 0 and not self.finished:
+            with contextlib.suppress(ProtocolError):
+                self.kill()
+        for descriptor in (
+            self.pidfd, self.result, self.control, self.trace, self.listener, self.lifeline, *self.output, *self.descriptors,
+        ):  # fmt: skip
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.descriptors = []
+        self.plan.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ---- what the end means -------------------------------------------------------------------------------------------------
+
+    def value(self, frame: bytes, *, copy: bool) -> Any:
+        """The value of a frame. With `copy` nothing of it stays in shared memory: the compartment lives on."""
+        room = self.leases[-1].size if self.leases else 0
+        parts = message.take_apart(frame, room)
+        if parts.descriptors != len(self.descriptors):
+            raise ProtocolError(f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}")
+        memory: Any = self.leases[-1] if self.leases else None
+        if parts.places and copy:
+            memory = bytes(memoryview(memory)[: sum(parts.places[-1])])
+        left = iter(self.descriptors)
+        read = message.read_value(parts, self.call.registry, self.policy.result_limit, memory, lambda kind, meta: self._attach(kind, meta, left))
+        if next(left, None) is not None:
+            raise ProtocolError("the compartment sent a descriptor that its value does not name")
+        self.descriptors = []
+        self.leases.clear()
+        return read
+
+    def _attach(self, kind: str, meta: object, left: Any) -> object:
+        """A file or directory that came out: it is what the kernel says, whatever the compartment said."""
+        descriptor = next(left, None)
+        if descriptor is None:
+            raise ProtocolError("the compartment named a descriptor that it did not send")
+        return arrived(descriptor, kind, meta)
+
+    def end(self, frame: tuple[int, bytes] | None) -> Any:
+        """The value of the last frame, or the error that the end of the compartment means."""
+        try:
+            value, error = self._outcome(frame), None
+        except Exception as raised:
+            value, error = None, raised
+        violations = self.violations
+        if violations and self.policy.on_violation != "deny":
+            assert self.supervisor is not None
+            died = str(error) if isinstance(error, CompartmentDied) and self.policy.on_violation != "kill" else ""
+            raise ViolationError(violations, more=self.supervisor.unrecorded, died=died) from error
+        if error is not None:
+            raise error
+        return value
+
+    def _outcome(self, frame: tuple[int, bytes] | None) -> Any:
+        if frame is None or self.limit is not None:
+            raise self._death()
+        kind, body = frame
+        match kind:
+            case message.VALUE | message.YIELD:
+                return self.value(body, copy=not self.finished)
+            case message.END:
+                return None
+            case message.RAISED:
+                raise self._raised(body)
+            case message.UNENCODABLE:
+                raise EncodeError(body[:8000].decode(errors="replace"))
+            case message.TOO_LARGE:
+                raise self._too_large()
+            case message.WALL:
+                name, _, reason = body[:4000].decode(errors="replace").partition("\n")
+                raise UnsupportedError(name, f"could not be put up: {reason}")
+            case _:
+                raise ProtocolError(f"the compartment sent a frame of kind {kind}, which there is not")
+
+    def _raised(self, body: bytes) -> BaseException:
+        said = message.read_error(body, self.policy.result_limit)
+        if said.type_name == "MemoryError" and self.policy.memory_bytes is not None:
+            error: BaseException = MemoryLimitError(
+                self._limit_text("memory", f"{self.policy.memory_bytes / 2**20:.0f} MiB above its start"),
+                limit="memory", value=self.policy.memory_bytes, usage=self.usage, stderr=self._text(self.stderr),
+            )  # fmt: skip
+            error.__cause__ = remote.traceback_of(said, self.call)
+            return error
+        error = remote.rebuild(said, self.call)
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            error.add_note(self._limit_text("open_files", str(self.policy.open_files)))
+        if isinstance(error, RuntimeError) and self.supervisor is not None and self.supervisor.threads_refused:
+            error.add_note(self._limit_text("threads", str(self.policy.threads)))
+        return error
+
+    def _too_large(self) -> CompartmentDied:
+        limit = self.policy.result_limit
+        return CompartmentDied(
+            self._limit_text("result_bytes", f"{limit} bytes"), limit="result_bytes", value=limit, usage=self.usage,
+            stderr=self._text(self.stderr),
+        )  # fmt: skip
+
+    def _death(self) -> CompartmentDied:
+        assert self.died is not None
+        code, status = self.died[0], self.died[1]
+        words = self._text(self.stderr)
+        usage = self.usage
+        if self.limit == "timeout":
+            text = self._limit_text("timeout", f"{self.policy.timeout} s")
+            return CompartmentTimeout(text, signal=9, limit="timeout", value=self.policy.timeout, usage=usage, stderr=words)
+        if self.limit == "result_bytes":
+            return self._too_large()
+        killed = status if code in (CLD_KILLED, CLD_DUMPED) else None
+        if self.limit == "cpu" or killed == signal.SIGXCPU:
+            text = self._limit_text("cpu", f"{self.policy.cpu} s")
+            return CompartmentDied(text, signal=killed, limit="cpu", value=self.policy.cpu, usage=usage, stderr=words)
+        if killed is not None:
+            said = _last_words(words)
+            text = f"{self.call.name} was ended by {signal_name(killed)}{said} ({usage})"
+            if killed == signal.SIGKILL and self.result_open:
+                text += "; nobody in this process sent it, perhaps the system ran out of memory"
+            return CompartmentDied(text, signal=killed, usage=usage, stderr=words)
+        text = f"{self.call.name} ended its process with exit code {status} and no answer ({usage})"
+        return CompartmentDied(text, exit_code=status, usage=usage, stderr=words)
+
+    def _limit_text(self, limit: str, value: str) -> str:
+        return f"{self.call.name} reached its limit {limit}={value} ({self.usage}); raise it with Policy({limit}=...)"
+
+    def _text(self, raw: bytearray) -> str:
+        return raw.decode(errors="replace")
+
+    def output_text(self) -> tuple[str, str]:
+        """What was captured of stdout and stderr."""
+        return self._text(self.stdout), self._text(self.stderr)
+
+
+def arrived(descriptor: int, kind: str, meta: object) -> object:
+    """A descriptor from a compartment as an object, by what it really is. Closes it and raises ProtocolError otherwise."""
+    import fcntl
+
+    try:
+        mode = os.fstat(descriptor).st_mode
+        access = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if kind == "directory" and stat.S_ISDIR(mode):
+            return Directory.take(descriptor, "r", "(from a compartment)")
+        if kind in ("file", "text") and stat.S_ISREG(mode) and not access & os.O_PATH:
+            name = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[access & os.O_ACCMODE]
+            raw = io.FileIO(descriptor, name)
+            binary = open_buffered(raw)
+            return io.TextIOWrapper(binary, encoding="utf-8") if kind == "text" else binary
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    os.close(descriptor)
+    raise ProtocolError(f"the compartment sent a descriptor that is no {kind}")
+
+
+def open_buffered(raw: io.FileIO) -> Any:
+    if raw.readable() and raw.writable():
+        return io.BufferedRandom(raw)
+    return io.BufferedReader(raw) if raw.readable() else io.BufferedWriter(raw)
+
+
+def _pipe(theirs: list[int], *, reader_ours: bool) -> tuple[int, int]:
+    reader, writer = os.pipe()
+    theirs.append(writer)
+    return reader, writer
+
+
+def _last_words(stderr: str) -> str:
+    for line in stderr.splitlines():
+        if line.startswith("Fatal Python error"):
+            return f" ({line})"
+    return ""
+

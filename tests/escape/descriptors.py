@@ -1,0 +1,510 @@
+"""Surface "descriptors": what the host had open, and more than was granted on what was handed over.
+
+A file that the host opened for reading and writing and handed over for reading is the hard case: the kernel would let
+everything through, so the refusal is compart's alone.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.escape import native
+from tests.escape.framework import CONTAINED, World, attempt, raw, reaches
+
+FD_RANGE = 1024
+
+# -- what the host had open --------------------------------------------------------------------------------------------
+
+
+def _open_at(*numbers: int) -> Callable[[World], Iterator[None]]:
+    """The secret is open in the host at these numbers, inheritable."""
+
+    def arrange(world: World) -> Iterator[None]:
+        first = os.open(world.secret, os.O_RDONLY)
+        opened = [os.dup2(first, number, inheritable=True) for number in numbers]
+        yield
+        for descriptor in (first, *opened):
+            os.close(descriptor)
+
+    return arrange
+
+
+def _fits(limit: int) -> bool:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] > limit
+
+
+_MANY = tuple(n for n in (63, 100, 255, 479, 480, 481, 511, 512, 700, 1023, 1024, 4000) if _fits(n))
+
+
+@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_at(*_MANY), proof=lambda world, found: found > len(_MANY))
+def reads_from_every_number(outside: World) -> int:
+    """How many descriptors lead to the secret."""
+    found = 0
+    for number in range(4096 + FD_RANGE):
+        try:
+            if os.pread(number, 64, 0) == outside.token:
+                found += 1
+        except OSError:
+            continue
+    return found
+
+
+@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_at(*_MANY),
+         proof=lambda world, numbers: set(_MANY) <= set(numbers))  # fmt: skip
+def finds_what_the_host_had_open(outside: World) -> list[int]:
+    found = []
+    for number in range(4096 + FD_RANGE):
+        if native.syscall(native.NUMBERS["fcntl"], number, fcntl.F_GETFD) >= 0:
+            found.append(number)
+    return found
+
+
+def _listening(world: World) -> Iterator[None]:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        os.set_inheritable(listener.fileno(), True)
+        world.listener = listener.fileno()
+        with socket.create_connection(listener.getsockname()):
+            yield
+
+
+@attempt(surface="descriptors", refused_with=(errno.EBADF, PermissionError), arrange=_listening, proof=lambda world, fd: fd >= 0)
+def accepts_on_a_listener_of_the_host(outside: World) -> int:
+    return native.call("accept", outside.listener, None, None)
+
+
+@attempt(surface="descriptors", refused_with=(errno.EBADF, PermissionError), arrange=lambda world: _directory_open(world))
+def opens_beneath_a_directory_of_the_host(outside: World) -> bytes:
+    return os.read(native.call("openat", outside.descriptor, b"secret", os.O_RDONLY), 64)
+
+
+def _directory_open(world: World) -> Iterator[None]:
+    world.descriptor = os.open(world.directory, os.O_RDONLY | os.O_DIRECTORY)
+    yield
+    os.close(world.descriptor)
+
+
+# -- more than reading, on a file handed over for reading --------------------------------------------------------------
+
+
+def _changed(world: World) -> bool:
+    return world.secret.read_bytes() != world.token
+
+
+def _on_an_input(call: str, arguments: Callable[[Any], tuple[Any, ...]], *, name: str = "", **options: Any) -> None:
+    """One call on a file handed over as open(path, "rb"), which the kernel itself would let through."""
+    raw(call, lambda w, file: (file.fileno(), *arguments(w)), surface="descriptors",
+        name=name or f"{call}_of_an_input_file", gives=lambda w: (open(w.secret, "rb", buffering=0),), **options)  # fmt: skip
+
+
+_on_an_input("fchmod", lambda w: (0o751,), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751)
+_on_an_input("fchown", lambda w: (12345, -1), effect=lambda w: w.secret.stat().st_uid == 12345, privileged=True)
+_on_an_input("utimensat", lambda w: (None, struct.pack("qqqq", 1, 0, 1, 0), 0), effect=lambda w: w.secret.stat().st_mtime < 1000)
+_on_an_input("fsetxattr", lambda w: (b"user.mark", b"1", 1, 0), effect=lambda w: "user.mark" in os.listxattr(w.secret))
+_on_an_input("fgetxattr", lambda w: (b"user.none", None, 0), outside=reaches(errno.ENODATA))
+_on_an_input("flistxattr", lambda w: (None, 0))
+_on_an_input("fremovexattr", lambda w: (b"user.none",), outside=reaches(errno.ENODATA))
+_on_an_input("flock", lambda w: (fcntl.LOCK_EX,), effect=lambda w: _is_locked(w))
+_on_an_input("flock", lambda w: (fcntl.LOCK_SH | fcntl.LOCK_NB,), name="shared_flock_of_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)), name="locks_a_record_of_an_input_file")
+_on_an_input("fcntl", lambda w: (37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)), name="locks_the_description_of_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_GETLK, ctypes.create_string_buffer(struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))), name="asks_who_locks_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_SETLEASE, fcntl.F_RDLCK), name="leases_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_SETFL, os.O_APPEND), name="sets_append_on_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_SETFL, os.O_NONBLOCK), name="sets_nonblock_on_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_SETOWN, os.getpid()), name="sets_the_owner_of_an_input_file")
+_on_an_input("fcntl", lambda w: (fcntl.F_NOTIFY, 0), name="asks_for_notice_of_an_input_file", outside=reaches(errno.ENOTDIR, errno.EINVAL))
+_on_an_input("fcntl", lambda w: (1036, struct.pack("Q", 2)), name="sets_the_hint_of_an_input_file")
+_on_an_input("ioctl", lambda w: (0x80086601, ctypes.create_string_buffer(8)), name="reads_the_flags_of_an_input_file")
+_on_an_input("ioctl", lambda w: (0x40086602, struct.pack("q", 0x80)), name="sets_the_flags_of_an_input_file", outside=reaches(errno.EOPNOTSUPP, errno.ENOTTY))
+_on_an_input("ioctl", lambda w: (0x5452, struct.pack("i", 1)), name="makes_an_input_file_signal", outside=reaches(errno.ENOTTY))
+_on_an_input("ioctl", lambda w: (0x2, ctypes.create_string_buffer(8)), name="maps_the_blocks_of_an_input_file", outside=reaches(errno.ENOTTY, errno.EINVAL))
+_on_an_input("readahead", lambda w: (0, 4096))
+_on_an_input("syncfs", lambda w: ())
+_on_an_input("sync_file_range", lambda w: (0, 0, 0))
+_on_an_input("fsync", lambda w: ())
+_on_an_input("fchdir", lambda w: (), outside=reaches(errno.ENOTDIR))
+_on_an_input("cachestat", lambda w: (struct.pack("QQ", 0, 4096), ctypes.create_string_buffer(40), 0))
+_on_an_input("name_to_handle_at", lambda w: (b"", ctypes.create_string_buffer(struct.pack("Ii", 120, 0), 128), ctypes.create_string_buffer(4), 0x1000))
+_on_an_input("vmsplice", lambda w: (None, 0, 0), outside=reaches(errno.EBADF))
+_on_an_input("io_submit", lambda w: (0, None), name="submits_asynchronous_io", outside=reaches(errno.EINVAL))
+_on_an_input("linkat", lambda w: (b"", -100, w.marker, 0x1000), effect=lambda w: w.marker.exists(), privileged=True)
+_on_an_input("faccessat2", lambda w: (b"", os.R_OK, 0x1000))
+_on_an_input("fchmodat2", lambda w: (b"", 0o751, 0x1000), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751)
+_on_an_input("fchownat", lambda w: (b"", 12345, -1, 0x1000), effect=lambda w: w.secret.stat().st_uid == 12345, privileged=True)
+_on_an_input("inotify_add_watch", lambda w: (b"x", 0x100), outside=reaches(errno.EINVAL))
+_on_an_input("dup", lambda w: (), name="dup_of_an_input_file", proof=lambda w, fd: fd >= 0)
+_on_an_input("dup2", lambda w: (50,), name="dup2_of_an_input_file", proof=lambda w, fd: fd == 50)
+_on_an_input("dup3", lambda w: (50, 0), name="dup3_of_an_input_file", proof=lambda w, fd: fd == 50)
+_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD, 40), name="duplicates_an_input_file_by_fcntl", proof=lambda w, fd: fd >= 40)
+_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD_CLOEXEC, 40), name="duplicates_an_input_file_by_fcntl_cloexec", proof=lambda w, fd: fd >= 40)
+
+
+def _is_locked(world: World) -> bool:
+    # The description is the host's own as well, so ask by a new one.
+    with open(world.secret, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@attempt(surface="descriptors", refused_with=PermissionError, call="openat", effect=_changed,
+         gives=lambda w: (open(w.secret, "rb", buffering=0),))  # fmt: skip
+def reopens_an_input_file_for_writing(outside: World, file: Any) -> None:
+    with open(f"/proc/self/fd/{file.fileno()}", "r+b") as again:
+        again.write(b"changed")
+
+
+# -- a file that the host opened "r+b" and granted as "r" ---------------------------------------------------------------
+# Outside each of these changes the file. Two ways lead to such a grant: an object that says "rb" over a description that
+# can write, and rights written down for one that says "r+b".
+
+
+def _says_rb(world: World) -> tuple[Any, ...]:
+    return (os.fdopen(os.open(world.secret, os.O_RDWR), "rb", buffering=0),)
+
+
+def _says_r_plus_b(world: World) -> tuple[Any, ...]:
+    world.granted = open(world.secret, "r+b", buffering=0)
+    return (world.granted,)
+
+
+def _grants_reading(world: World) -> dict[str, Any]:
+    from compart import grant, rights
+
+    return {"grants": [grant.descriptor(world.granted, rights.mode_rights("r"))]}
+
+
+def _writes(*, refused_with: Any = (PermissionError, errno.EBADF)) -> Callable[[Callable[..., Any]], None]:
+    """Enter a way of changing a file, for both ways of granting it. EBADF is the kernel's word for a read-only one."""
+
+    def enter(function: Callable[..., Any]) -> None:
+        common: dict[str, Any] = {"surface": "descriptors", "refused_with": refused_with, "effect": _changed}
+        attempt(name=function.__name__, gives=_says_rb, **common)(function)
+        attempt(name=f"{function.__name__}_granted_by_rights", gives=_says_r_plus_b, policy=_grants_reading, **common)(function)
+
+    return enter
+
+
+@_writes()
+def writes_to_an_input_file(outside: World, file: Any) -> None:
+    native.call("write", file.fileno(), b"changed", 7)
+
+
+@_writes()
+def writes_with_garbage_above_the_descriptor(outside: World, file: Any) -> None:
+    native.call("write", (1 << 32) | file.fileno(), b"changed", 7)
+
+
+@_writes()
+def writes_at_a_place_with_garbage_above_the_descriptor(outside: World, file: Any) -> None:
+    native.call("pwrite64", (0xFFFFFFFF << 32) | file.fileno(), b"changed", 7, 0)
+
+
+@_writes()
+def writes_at_a_place_in_an_input_file(outside: World, file: Any) -> None:
+    native.call("pwrite64", file.fileno(), b"changed", 7, 0)
+
+
+def _vector(text: bytes) -> tuple[Any, Any]:
+    data = ctypes.create_string_buffer(text, len(text))
+    return data, ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(data), len(text)), 16)
+
+
+@_writes()
+def writes_a_vector_to_an_input_file(outside: World, file: Any) -> None:
+    data, vector = _vector(b"changed")
+    native.call("writev", file.fileno(), vector, 1)
+
+
+@_writes()
+def writes_a_vector_at_a_place_in_an_input_file(outside: World, file: Any) -> None:
+    data, vector = _vector(b"changed")
+    native.call("pwritev", file.fileno(), vector, 1, 0, 0)
+
+
+@_writes()
+def writes_a_vector_with_flags_to_an_input_file(outside: World, file: Any) -> None:
+    data, vector = _vector(b"changed")
+    native.call("pwritev2", file.fileno(), vector, 1, 0, 0, 0)
+
+
+@_writes(refused_with=(PermissionError, errno.EINVAL))
+def truncates_an_input_file(outside: World, file: Any) -> None:
+    native.call("ftruncate", file.fileno(), 3)
+
+
+@_writes()
+def allocates_in_an_input_file(outside: World, file: Any) -> None:
+    native.call("fallocate", file.fileno(), 0, 0, 8192)
+
+
+@_writes()
+def punches_a_hole_into_an_input_file(outside: World, file: Any) -> None:
+    native.call("fallocate", file.fileno(), 0x3, 0, 8)
+
+
+@_writes()
+def sends_a_file_into_an_input_file(outside: World, file: Any) -> None:
+    # From itself: what it holds already goes to another place in it.
+    native.call("sendfile", file.fileno(), file.fileno(), struct.pack("q", 0), 5)
+    native.call("sendfile", file.fileno(), file.fileno(), struct.pack("q", 3), 5)
+
+
+@_writes()
+def copies_a_range_into_an_input_file(outside: World, file: Any) -> None:
+    native.call("copy_file_range", file.fileno(), struct.pack("q", 0), file.fileno(), struct.pack("q", 16), 8, 0)
+
+
+@_writes()
+def splices_into_an_input_file(outside: World, file: Any) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"changed")
+    native.call("splice", read_end, None, file.fileno(), struct.pack("q", 0), 7, 0)
+
+
+@_writes(refused_with=(PermissionError, errno.EACCES))
+def maps_an_input_file_for_writing(outside: World, file: Any) -> None:
+    address = native.call("mmap", 0, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file.fileno(), 0)
+    ctypes.memmove(address, b"changed", 7)
+
+
+@_writes(refused_with=(PermissionError, errno.EACCES))
+def maps_an_input_file_by_the_validating_flag(outside: World, file: Any) -> None:
+    # MAP_SHARED_VALIDATE is 3, which a look at the bit of MAP_PRIVATE takes for private.
+    address = native.call("mmap", 0, 4096, mmap.PROT_READ | mmap.PROT_WRITE, 0x03, file.fileno(), 0)
+    ctypes.memmove(address, b"changed", 7)
+
+
+@_writes(refused_with=(PermissionError, errno.EACCES))
+def maps_an_input_file_for_reading_and_then_makes_it_writable(outside: World, file: Any) -> None:
+    # What mprotect may add is decided by how the description was opened, not by who holds it.
+    address = native.call("mmap", 0, 4096, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    native.call("mprotect", address, 4096, mmap.PROT_READ | mmap.PROT_WRITE)
+    ctypes.memmove(address, b"changed", 7)
+
+
+@_writes()
+def writes_through_a_copy_of_an_input_file(outside: World, file: Any) -> None:
+    native.call("write", native.call("dup", file.fileno()), b"changed", 7)
+
+
+@_writes()
+def writes_through_a_copy_with_garbage_above_the_descriptor(outside: World, file: Any) -> None:
+    native.call("write", native.call("dup", (1 << 32) | file.fileno()), b"changed", 7)
+
+
+@_writes(refused_with=(PermissionError, errno.EBADF, errno.EINVAL))
+def writes_through_a_copy_at_every_number(outside: World, file: Any) -> None:
+    last: OSError | None = None
+    for number in range(3, 1024):
+        try:
+            native.call("dup2", file.fileno(), number)
+            native.call("write", number, b"changed", 7)
+        except OSError as error:
+            last = error
+    if last is not None and not _changed_here(file, outside):
+        raise last
+
+
+def _changed_here(file: Any, outside: World) -> bool:
+    return os.pread(file.fileno(), 64, 0) != outside.token
+
+
+@_writes()
+def writes_through_a_copy_by_fcntl(outside: World, file: Any) -> None:
+    native.call("write", native.call("fcntl", file.fileno(), fcntl.F_DUPFD, 3), b"changed", 7)
+
+
+@_writes()
+def writes_through_a_copy_it_sends_itself(outside: World, file: Any) -> None:
+    import array
+    import socket
+
+    here, there = socket.socketpair()
+    here.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+    _, ancillary, _, _ = there.recvmsg(1, socket.CMSG_SPACE(4))
+    os.write(struct.unpack("i", ancillary[0][2][:4])[0], b"changed")
+
+
+@_writes(refused_with=(PermissionError, errno.ENOSYS))
+def writes_through_a_ring(outside: World, file: Any) -> None:
+    # io_uring acts on descriptors without a system call of its own for each.
+    ring = native.syscall(native.NUMBERS["io_uring_setup"], 4, ctypes.create_string_buffer(120))
+    native.checked(ring)
+    native.call("pwrite64", file.fileno(), b"changed", 7, 0)
+
+
+# -- a file granted for appending --------------------------------------------------------------------------------------
+
+
+def _appends(*calls: str, refused_with: Any = PermissionError, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A way of changing what a file granted for appending already holds."""
+    return attempt(surface="descriptors", refused_with=refused_with, call=calls, gives=lambda w: (open(w.secret, "ab", buffering=0),),
+                   effect=lambda w: not w.secret.read_bytes().startswith(w.token), **options)  # fmt: skip
+
+
+@_appends("fcntl")
+def clears_append_and_overwrites(outside: World, file: Any) -> None:
+    native.call("fcntl", file.fileno(), fcntl.F_SETFL, 0)
+    native.call("pwrite64", file.fileno(), b"changed", 7, 0)
+
+
+@_appends("pwritev2", refused_with=(PermissionError, errno.EOPNOTSUPP))
+def overwrites_by_the_flag_that_ignores_append(outside: World, file: Any) -> None:
+    data, vector = _vector(b"changed")
+    native.call("pwritev2", file.fileno(), vector, 1, 0, 0, 0x20)  # RWF_NOAPPEND
+
+
+@_appends("fallocate")
+def punches_a_hole_into_what_it_may_append_to(outside: World, file: Any) -> None:
+    native.call("fallocate", file.fileno(), 0x3, 0, 8)
+
+
+@_appends("fallocate")
+def zeroes_what_it_may_append_to(outside: World, file: Any) -> None:
+    native.call("fallocate", file.fileno(), 0x10, 0, 8)
+
+
+@_appends("ftruncate")
+def truncates_what_it_may_append_to(outside: World, file: Any) -> None:
+    native.call("ftruncate", file.fileno(), 0)
+
+
+# -- standard output that is the host's own -----------------------------------------------------------------------------
+# With stdout="inherit" descriptor 1 is the host's description: to write to, and nothing more.
+
+
+def _standard_output(flags: int) -> Callable[[World], Iterator[None]]:
+    def arrange(world: World) -> Iterator[None]:
+        kept = os.dup(1)
+        log = world.directory / "log"
+        log.write_bytes(b"what the host wrote before")
+        world.log = log
+        opened = os.open(log, flags)
+        os.dup2(opened, 1)
+        yield
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(opened)
+
+    return arrange
+
+
+_INHERITS: dict[str, Any] = {"surface": "descriptors", "policy": {"stdout": "inherit"}}
+
+
+def _log_lost(world: World) -> bool:
+    return not world.log.read_bytes().startswith(b"what the host wrote before")
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="ftruncate", arrange=_standard_output(os.O_WRONLY | os.O_APPEND), effect=_log_lost)
+def truncates_the_standard_output_of_the_host(outside: World) -> None:
+    native.call("ftruncate", 1, 0)
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="pwrite64", arrange=_standard_output(os.O_WRONLY), effect=_log_lost)
+def overwrites_the_standard_output_of_the_host(outside: World) -> None:
+    native.call("pwrite64", 1, b"changed", 7, 0)
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="fallocate", arrange=_standard_output(os.O_WRONLY | os.O_APPEND), effect=_log_lost)
+def punches_a_hole_into_the_standard_output_of_the_host(outside: World) -> None:
+    native.call("fallocate", 1, 0x3, 0, 8)
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, arrange=_standard_output(os.O_RDWR),
+         proof=lambda world, text: text == b"what the host wrote before")  # fmt: skip
+def reads_the_standard_output_of_the_host(outside: World) -> bytes:
+    return os.pread(1, 100, 0)
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="fcntl", arrange=_standard_output(os.O_WRONLY),
+         effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))  # fmt: skip
+def stops_the_standard_output_of_the_host_from_blocking(outside: World) -> None:
+    native.call("fcntl", 1, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="fcntl", arrange=_standard_output(os.O_WRONLY | os.O_APPEND),
+         effect=lambda world: not fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND)  # fmt: skip
+def stops_the_standard_output_of_the_host_from_appending(outside: World) -> None:
+    native.call("fcntl", 1, fcntl.F_SETFL, os.O_WRONLY)
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="ioctl", arrange=_standard_output(os.O_WRONLY),
+         effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))  # fmt: skip
+def stops_the_standard_output_of_the_host_from_blocking_by_ioctl(outside: World) -> None:
+    native.call("ioctl", 1, 0x5421, struct.pack("i", 1))
+
+
+@attempt(**_INHERITS, refused_with=PermissionError, call="lseek", arrange=_standard_output(os.O_WRONLY),
+         effect=lambda world: os.lseek(1, 0, os.SEEK_CUR) == 5)  # fmt: skip
+def moves_the_standard_output_of_the_host(outside: World) -> None:
+    native.call("lseek", 1, 5, os.SEEK_SET)
+
+
+# -- more descriptors, more of anything --------------------------------------------------------------------------------
+
+
+def _soft_below_hard(which: int) -> Callable[[World], Iterator[None]]:
+    """The host's soft limit lies below its hard one, so that raising it needs no privilege."""
+
+    def arrange(world: World) -> Iterator[None]:
+        before = resource.getrlimit(which)
+        hard = before[1] if before[1] != resource.RLIM_INFINITY else 1 << 40
+        soft = before[0] if before[0] not in (resource.RLIM_INFINITY, before[1]) else max(hard - 4096, hard // 2)
+        resource.setrlimit(which, (soft, before[1]))
+        yield
+        resource.setrlimit(which, before)
+
+    return arrange
+
+
+def _raises(which: int, name: str) -> None:
+    def raised(world: World, limits: tuple[int, int]) -> bool:
+        return limits[1] > limits[0]
+
+    @attempt(surface="descriptors", name=f"raises_its_limit_of_{name}", refused_with=(PermissionError, errno.EINVAL),
+             arrange=_soft_below_hard(which), proof=raised)  # fmt: skip
+    def raises(outside: World) -> tuple[int, int]:
+        before = ctypes.create_string_buffer(16)
+        native.call("prlimit64", 0, which, None, before)
+        soft, hard = struct.unpack("QQ", before.raw)
+        native.call("prlimit64", 0, which, struct.pack("QQ", soft + 1, max(hard, soft + 1)), None)
+        native.call("prlimit64", 0, which, None, before)
+        return soft, int(struct.unpack("QQ", before.raw)[0])
+
+
+for _which, _name in ((resource.RLIMIT_NOFILE, "open_files"), (resource.RLIMIT_AS, "address_space"), (resource.RLIMIT_MEMLOCK, "locked_memory"),
+                      (resource.RLIMIT_CORE, "core_files"), (resource.RLIMIT_NPROC, "processes")):  # fmt: skip
+    _raises(_which, _name)
+
+
+@attempt(surface="descriptors", refused_with=errno.EMFILE, proof=lambda world, count: count > 1000)
+def opens_a_thousand_descriptors(outside: World) -> int:
+    return sum(len(os.pipe()) for _ in range(501))
+
+
+@attempt(surface="descriptors", refused_with=(errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd == 600)
+def takes_a_number_among_the_granted(outside: World) -> int:
+    # What it makes itself must never get a number that says it was granted.
+    read_end, _ = os.pipe()
+    return native.call("dup2", read_end, 600)
+
+
+@attempt(surface="descriptors", refused_with=(errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd >= 600)
+def takes_a_number_among_the_granted_by_fcntl(outside: World) -> int:
+    read_end, _ = os.pipe()
+    return native.call("fcntl", read_end, fcntl.F_DUPFD, 600)
