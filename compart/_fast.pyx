@@ -1174,6 +1174,8 @@ cdef object take_set(Reader *r, int depth, bint frozen):
 cdef size_t table_memory(size_t n, size_t entry) noexcept:
     """What a dict of `n` entries takes when it grew to hold them, headers included."""
     cdef size_t slots = 8
+    if n == 0:
+        return 80
     while slots * 2 / 3 < n:
         slots *= 2
     return 112 + slots * 2 / 3 * entry + slots * (1 if slots <= 128 else 2 if slots <= 0x8000 else 4)
@@ -1479,9 +1481,12 @@ cdef object take_registered(Reader *r, int tag, int depth, bint key):
     values = owned(take_tuple(r, depth, key))
     if len(values) != len(entry.fields):
         raise Malformed(f"{_name(entry.cls)} with {len(values)} fields")
-    charge(r, 72 + 8 * len(values) + table_memory(len(values), 24))
+    r.left += 56 + 8 * len(values)  # of the tuple, which does not stay
     if tag == T_NAMEDTUPLE:
+        charge(r, 56 + 8 * len(values))
         return _new_tuple(entry.cls, values)
+    # Up to 30 names lie once in the class, only the values in the object (SHARED_KEYS_MAX_SIZE of dictobject.c).
+    charge(r, 160 + 16 * len(values) if len(values) <= 30 else 160 + table_memory(len(values), 24))
     # All fields are there before the object is: a message that ends early leaves no half of one.
     value = _new_object(entry.cls)
     for i in range(len(values)):

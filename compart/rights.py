@@ -273,10 +273,11 @@ def mode_rights(mode: str) -> Rights:
 
 
 def directory_rights(mode: str) -> Rights:
-    """The rights on a directory held "r" or "rw": what may be done with the files beneath it, looking them up, and with "rw" making,
-    renaming and removing them. Hard links, modes and owners are not included.
+    """The rights on a directory held "r" or "rw".
 
-    A file opened beneath the directory has no more rights than the directory. Raises ValueError for another mode.
+    Files beneath it may be looked up and used as mode_rights() says; "rw" adds making, renaming and removing, but not
+    hard links, modes or owners. A file opened beneath the directory has no more rights than the directory. Raises
+    ValueError for another mode.
     """
     if mode not in ("r", "rw"):
         raise ValueError(f'mode {mode!r} is neither "r" nor "rw"')

@@ -30,6 +30,8 @@ from attacks import ATTACKS, Attack
 from report import WIDTHS, row
 from scene import Scene
 
+from compart import ViolationError
+
 HONEST = {
     "photo.jpg": parsers.read_image,
     "drawing.png": parsers.read_image,
@@ -99,12 +101,12 @@ def same(one: Any, other: Any) -> bool:
 
 def withstand(attack: Attack, folder: Path) -> str:
     """Let the attack loose where that is safe, then run it in a compartment, and print a row. Returns the verdict."""
-    outside = let_run_outside(attack, folder / f"{attack.name}, outside") if attack.outside else "-"
+    outside = let_run_outside(attack, folder / "outside" / attack.name) if attack.outside else "-"
 
-    with Scene(folder / f"{attack.name}, inside") as scene:
-        path, aim = attack.prepare(scene)
+    with Scene(folder / "inside" / attack.name) as scene:
+        function, path, arguments = attack.prepare(scene)
         with open(path, "rb") as file:
-            value, error, took = run_inside(attack.function, file, *aim)
+            value, error, took = run_inside(function, file, *arguments)
         got_out = attack.check(scene, value)
 
     if got_out:
@@ -115,7 +117,8 @@ def withstand(attack: Attack, folder: Path) -> str:
         verdict = "WRONG"
     else:
         verdict = "held"
-    print_row(attack.name, attack.tries, outside, got_out or happened(value, error), took, verdict)
+    what = got_out or happened(value, error).replace(str(scene.folder), ".")
+    print_row(attack.name, attack.tries, outside, what, took, verdict)
     return verdict
 
 
@@ -150,9 +153,9 @@ def run_inside(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Base
 def let_run_outside(attack: Attack, folder: Path) -> str:
     """What the attack does without walls, as seen by its check."""
     with Scene(folder) as scene:
-        path, aim = attack.prepare(scene)
+        function, path, arguments = attack.prepare(scene)
         with open(path, "rb") as file:
-            value = run_outside(attack.function, file, *aim)
+            value = run_outside(function, file, *arguments)
         return attack.check(scene, value)
 
 
@@ -196,11 +199,18 @@ def print_row(name: str, tries: str, outside: str, inside: str, took: float, ver
 
 
 def happened(value: Any, error: BaseException | None) -> str:
-    """What the caller got, in one line."""
+    """What the caller got, in a few words."""
+    if isinstance(error, ViolationError):
+        return f"refused: {error.violations[0].what}"
+    limit = getattr(error, "limit", None)
+    if limit:
+        return f"{type(error).__name__}: {limit}={error.value}"
     if error is not None:
         return f"{type(error).__name__}: {error}"
     if isinstance(value, numpy.ndarray):
         return f"array {value.shape} {value.dtype}, sum {value.sum():g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value)
 
 

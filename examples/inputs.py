@@ -120,9 +120,9 @@ def tar_gz(path: Path) -> None:
     _tar(path, "w:gz")
 
 
-def _tar(path: Path, mode: str) -> None:
+def _tar(path: Path, mode: str, members: dict[str, bytes] = MEMBERS) -> None:
     with tarfile.open(path, mode) as archive:
-        for name, data in MEMBERS.items():
+        for name, data in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
@@ -171,6 +171,11 @@ def npy_that_runs(path: Path, command: str) -> None:
 
 def xml_that_reads(path: Path, secret: Path) -> None:
     path.write_text(f'<!DOCTYPE a [<!ENTITY leak SYSTEM "{secret.as_uri()}">]>\n<a>&leak;</a>\n')
+
+
+def tar_that_climbs(path: Path, beside: Path) -> None:
+    """A member whose name leads out of the folder it is unpacked to, to a file beside that folder."""
+    _tar(path, "w", {"welcome.txt": b"hello", f"../{beside.name}": b"run me"})
 
 
 def zip_bomb(path: Path) -> None:

@@ -6,7 +6,7 @@ Texts that come from a compartment are a stranger's: no escape sequence in them 
 import os
 import sys
 
-WIDTHS = (14, 27, 14, 43, 5, 7)
+WIDTHS = (13, 25, 14, 46, 5, 7)
 GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 
 

@@ -24,10 +24,14 @@ class Scene(contextlib.ExitStack):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        folder.mkdir()
+        folder.mkdir(parents=True)
+        self.folder = folder
         self.input = folder / "input"
         self.input.write_bytes(NOTE)
         self.host = os.getpid()
+        # The one folder that an attack may be granted.
+        self.granted = folder / "granted"
+        self.granted.mkdir()
 
         self.marker = folder / "marker"
         self.command = f"touch {shlex.quote(str(self.marker))}"

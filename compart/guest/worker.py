@@ -216,8 +216,9 @@ def _send_error(error: BaseException) -> None:
 def _error_body(error: BaseException, args: tuple[Any, ...] | None) -> bytes:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    stack = traceback.extract_tb(error.__traceback__)
-    frames = [(f.filename, f.lineno or 0, f.name) for f in stack if not f.filename.endswith("compart/guest/worker.py")]
+    # Not extract_tb(): it looks for the source files, and there are none here. The host reads the lines.
+    steps = [(step.f_code, line) for step, line in traceback.walk_tb(error.__traceback__)]
+    frames = [(code.co_filename, line or 0, code.co_qualname) for code, line in steps if code.co_filename != __file__]
     if len(frames) > message.MOST_FRAMES:
         half = message.MOST_FRAMES // 2
         frames = frames[:half] + frames[-half:]

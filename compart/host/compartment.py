@@ -75,7 +75,7 @@ class Call:
 
 
 class Compartment:
-    """One confined process and the host's handle on it. It lives from the constructor to `close`.
+    """One confined process and the host's handle on it. It lives from the constructor to `close`, and owns `handed`.
 
     `pump(timeout)` serves whatever is ready; `answer` is the frame that the compartment sent, once there is one.
     """
@@ -104,6 +104,7 @@ class Compartment:
         self.poll = select.poll()
         self._polled: set[int] = set()
         self.backend = backend.select()
+        self.handed = handed
         self.plan: Plan = self.backend.plan(self.policy, handed)
         try:
             self._start(handed, stream)
@@ -260,8 +261,10 @@ class Compartment:
     def _listen(self, listener: int) -> None:
         self.listener = listener
         self.supervisor = Supervisor(
-            listener=listener, pid=self.pid, policy=self.policy, arch=self.plan.arch, paths=self.plan.paths, cwd=self.plan.cwd
-        )
+            listener=listener, pid=self.pid, policy=self.policy, arch=self.plan.arch, ranges=self.plan.layout.ranges,
+            granted={number: item.descriptor for item, number in zip(self.handed, self.plan.numbers, strict=True)},
+            paths=self.plan.paths, cwd=self.plan.cwd,
+        )  # fmt: skip
         self._watch(listener)
 
     def _lend(self, size: int) -> None:
@@ -374,6 +377,8 @@ class Compartment:
             if descriptor >= 0:
                 os.close(descriptor)
         self.descriptors = []
+        for item in self.handed:
+            item.close()
         self.plan.close()
 
     def __enter__(self) -> Self:

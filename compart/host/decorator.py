@@ -215,9 +215,10 @@ def _started(call: Call, *, stream: bool = False) -> Compartment:
     handed = _hand_over(call)
     try:
         return Compartment(call, handed, stream=stream)
-    finally:
+    except BaseException:
         for item in handed:
             item.close()
+        raise
 
 
 def _hand_over(call: Call) -> list[Handed]:

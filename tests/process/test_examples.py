@@ -34,6 +34,7 @@ HOSTILE = [
     "evil.yaml",
     "evil.npy",
     "entity.xml",
+    "slip.tar",
     "bomb.zip",
     "bomb.png",
     "redos.txt",
@@ -78,7 +79,7 @@ def verdicts(done):
     """{name: verdict} of the printed table."""
     lines = done.stdout.splitlines()
     table = lines[2 : lines.index("")]
-    return {line[:14].strip(): line.rsplit("  ", 1)[1] for line in table}
+    return {line[:13].strip(): line.rsplit("  ", 1)[1] for line in table}
 
 
 # The demonstration

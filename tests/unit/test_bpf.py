@@ -632,3 +632,49 @@ def test_the_kernel_takes_a_policys_program(cached):
     parent, *errors = ask_kernel(code, [(nr, [3, 0, 0, 0, 0, 0]) for nr in numbers])
     assert parent == os.getpid()
     assert errors == [errno.EPERM, errno.EPERM, errno.ENOSYS, errno.EBADF]
+
+
+TRY = """
+import json, sys
+from tests import replay
+accepted = []
+for program in json.load(sys.stdin):
+    try:
+        replay.install(bytes.fromhex(program))
+        accepted.append(True)
+    except OSError:
+        accepted.append(False)
+print(json.dumps(accepted))
+"""
+
+
+def is_taken(code):
+    try:
+        verify(code)
+    except ValueError:
+        return False
+    return True
+
+
+@on_linux
+def test_the_kernel_refuses_exactly_what_verify_refuses():
+    """Every opcode there could be, in programs that allow everything if they are taken."""
+    begin = [(0x01, 0, 0, 1), (0x00, 0, 0, ALLOW.value)]
+    codes = [code for code in [*range(0x100), 0x106, 0x1005, 0x8020] if code != 0x06]
+    programs = [assembled(*begin, (code, 0, 0, k), RET) for code in codes for k in (0, 2, 15, 31, 32, 60, 64)]
+    programs += [assembled(*begin, (0x15, 1, 0, 0), (0x02, 0, 0, 3), (load, 0, 0, 3), RET) for load in (0x60, 0x61)]
+    programs += [assembled(*begin, (0x05, 0, 0, 1), (0x02, 0, 0, 3), (0x02, 0, 0, 3), (0x60, 0, 0, 3), RET)]
+    programs += [assembled(*begin, (0x45, jt, jf, 0), RET) for jt, jf in ((0, 1), (1, 0), (0, 0), (255, 0))]
+    programs += [assembled(*begin), b"", assembled(*[RET] * 4096), assembled(*[RET] * 4097)]
+    done = subprocess.run(
+        [sys.executable, "-c", TRY],
+        input=json.dumps([code.hex() for code in programs]),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    verdicts = dict(zip((code.hex() for code in programs), json.loads(done.stdout), strict=True))
+    assert {code.hex(): is_taken(code) for code in programs} == verdicts
+    assert set(verdicts.values()) == {True, False}

@@ -895,7 +895,7 @@ cdef class View:
 
     cdef readonly Mapping mapping
 
-    def __cinit__(self, Mapping mapping):
+    def __cinit__(self, Mapping mapping, *rest):
         self.mapping = mapping
 
     def __getbuffer__(self, Py_buffer *view, int flags):

@@ -4,8 +4,10 @@ Pure: a layout in, rules out, on every system. Default deny; a call that is not 
 that no kernel has yet. Facts: the manual pages of section 2, capsicum(4) for what capability mode permits.
 
 Descriptors are told apart by their number (see `bpf.Descriptor`). Numbers below BASE are the compartment's own: what
-it makes itself, its standard streams and what it opens beneath a granted directory. RLIMIT_NOFILE is at most BASE, so
-the kernel never hands out a higher number, and nothing the compartment does can move a descriptor into or out of a range.
+it makes itself, its standard streams and what it opens beneath a granted directory. RLIMIT_NOFILE is at most BASE and
+cannot be changed from inside, so the kernel never hands out a higher number; copies of a granted descriptor are made by
+the host alone, in the same range; the channel cannot be closed, so nothing else ever stands at its numbers. Nothing the
+compartment does can move a descriptor out of its range.
 """
 
 from __future__ import annotations
@@ -153,8 +155,8 @@ def own_identity(layout: Layout) -> Iterator[Rule]:
         "getpid gettid getppid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp",
         "its own identity",
     )
-    yield from allow("umask uname sysinfo getrlimit setrlimit getrusage times", "itself, and facts without an object")
-    yield from allow("prlimit64", "its own limits, which can only go down", Equals(0, 0))
+    yield from allow("umask uname sysinfo getrlimit getrusage times", "itself, and facts without an object")
+    yield from allow("prlimit64", "asks for its own limits; they stay as the policy set them", Equals(0, 0), Zero(2))
     yield from allow("getcwd", "the root: there is nothing else")
     yield from allow("personality", "the question, not the change", Equals(0, 0xFFFFFFFF))
 
@@ -213,11 +215,14 @@ def descriptors(layout: Layout) -> Iterator[Rule]:
         alternatives.append((Masked(2, PROT_EXEC | 2, 0), fd(r.CAP_MMAP_R, 4)))
     yield from either("mmap", "memory, and files held with CAP_MMAP_R or CAP_MMAP_RW", *alternatives)
 
-    # close() of a granted descriptor gives authority up. The lifeline stays: closing it would outlive the host.
-    yield Rule("close", when=((Below(0, LIFELINE),), (Descriptor(0, 0xFFFFFFFE),)), because="gives up what it holds")
+    # Closing gives authority up. The channel stays: without its lifeline the compartment would outlive the host, and
+    # another socket at CONTROL's number could carry descriptors.
+    granted = (1 << len(layout.ranges) + 1) - 2
+    yield from allow("close", "gives up what it holds", Descriptor(0, granted))
     yield from allow("close_range", "its own", Below(1, BASE))
-    # A copy of a granted descriptor would land among the own numbers, with more rights.
-    yield from allow("dup dup2 dup3", "its own", Below(0, BASE))
+    # A copy of a granted descriptor would land among the own numbers, with more rights: the host makes it (notify.py).
+    yield from allow("dup", "its own", Below(0, BASE))
+    yield from allow("dup2 dup3", "its own", Below(0, BASE), Below(1, BASE))
     yield from either(
         "fcntl",
         "flags of its own descriptors, and questions",

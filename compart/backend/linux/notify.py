@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import resource
 import signal
 import socket
 import struct
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from compart.backend.linux import _sys, filters, syscalls
 from compart.policy import Policy
+from compart.rights import Rights
 from compart.violation import Frame, Violation
 
 CONTINUE = 1
+ADDFD_SETFD = 1
 STACK_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else 0
 """Sent to a thread whose call was refused: faulthandler writes its Python stack to the trace pipe."""
 
@@ -35,7 +40,7 @@ O_ACCMODE = 3
 O_NAMES = ((1, "O_WRONLY"), (2, "O_RDWR"), (0o100, "O_CREAT"), (0o1000, "O_TRUNC"), (0o2000, "O_APPEND"), (0o200000, "O_DIRECTORY"))
 AT_FDCWD = -100
 SELF_DIRECTED = ("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
-SELF_ASKED = ("sched_getaffinity", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "prlimit64", "get_robust_list")
+SELF_ASKED = ("sched_getaffinity", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "get_robust_list")
 
 PATH_CALLS = {
     # name: (index of the directory descriptor or None, index of the path, index of open flags or None)
@@ -84,13 +89,16 @@ class _Draft:
 class Supervisor:
     """The host's answer to one compartment's refused calls.
 
-    `paths` are the granted paths by name, `cwd` where relative names start inside.
+    `ranges` are the sets of rights by range, `granted` the host's own descriptor for each granted number; `paths` are the
+    granted paths by name, `cwd` where relative names start inside.
     """
 
     listener: int
     pid: int
     policy: Policy
     arch: int
+    ranges: tuple[Rights, ...] = ()
+    granted: dict[int, int] = field(default_factory=dict)
     paths: tuple[tuple[str, str], ...] = ()
     cwd: str = "/"
     answered: int = 0
@@ -115,6 +123,9 @@ class Supervisor:
             return
         if call == "clone" and self._refuses_thread(args):
             _sys.seccomp_notify_send(self.listener, ident, 0, errno.EAGAIN, 0)
+            return
+        if arch == self.arch and (source := self._copied(call, args)) is not None:
+            self._install_copy(ident, source, cloexec=call == "dup" or args[1] & 0xFFFFFFFF == filters.F_DUPFD_CLOEXEC)
             return
         recorded = self._record(call, number, thread, args)
         if self.policy.on_violation == "kill":
@@ -180,6 +191,45 @@ class Supervisor:
                 return True
         return False
 
+    # ---- copies of granted descriptors: only the host makes them, so that they keep their range -----------------------------
+
+    def _copied(self, call: str, args: tuple[int, ...]) -> int | None:
+        command = args[1] & 0xFFFFFFFF
+        copies = call == "dup" or (call == "fcntl" and command in (filters.F_DUPFD, filters.F_DUPFD_CLOEXEC))
+        number = _int(args[0])
+        return number if copies and number in self.granted else None
+
+    def _install_copy(self, ident: int, source: int, *, cloexec: bool) -> None:
+        try:
+            number = self._free_number(source)
+            if number is None:
+                _sys.seccomp_notify_send(self.listener, ident, 0, errno.EMFILE, 0)
+                return
+            with self._room_for(number):
+                flags = os.O_CLOEXEC if cloexec else 0
+                _sys.seccomp_notify_addfd(self.listener, ident, self.granted[source], ADDFD_SETFD, number, flags)
+            self.granted[number] = self.granted[source]
+            _sys.seccomp_notify_send(self.listener, ident, number, 0, 0)
+        except OSError:
+            # No ADDFD (Linux before 5.9), or the caller went away.
+            _sys.seccomp_notify_send(self.listener, ident, 0, filters.REFUSED, 0)
+
+    def _free_number(self, source: int) -> int | None:
+        first = source - (source - filters.BASE) % filters.WIDTH
+        used = {int(name) for name in os.listdir(f"/proc/{self.pid}/fd")}
+        return next((number for number in range(first, first + filters.WIDTH) if number not in used), None)
+
+    @contextlib.contextmanager
+    def _room_for(self, number: int) -> Iterator[None]:
+        # ADDFD honours the compartment's RLIMIT_NOFILE. Lifted for a moment it lets another thread of it open a few more
+        # of its own; the range numbers are never the lowest free ones, and the channel's are taken.
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (number + 1, hard))
+        try:
+            yield
+        finally:
+            resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (self.policy.open_files, hard))
+
     # ---- what it was, for people ---------------------------------------------------------------------------------------
 
     def _record(self, call: str, number: int, thread: int, args: tuple[int, ...]) -> bool:
@@ -203,7 +253,7 @@ class Supervisor:
         directory, index, flags = PATH_CALLS[call]
         found: dict[str, object] = {}
         if directory is not None and _int(args[directory]) != AT_FDCWD:
-            found["directory"] = f"fd {_int(args[directory])}"
+            found["directory"] = self._fd(args[directory])
         text = self._text(thread, args[index])
         found["path"] = text if text is not None else hex(args[index])
         if flags is not None:
@@ -232,6 +282,14 @@ class Supervisor:
             return _sys.process_vm_readv(thread, address, min(length, 256)) if length else b""
         except OSError:
             return b""
+
+    def _fd(self, value: int) -> str:
+        """A descriptor for people: its number, and its rights when it was granted."""
+        number = _int(value)
+        index = (number - filters.FIRST_GRANT) // filters.WIDTH
+        if number >= filters.FIRST_GRANT and index < len(self.ranges):
+            return f"fd {number} ({self.ranges[index]!r})"
+        return f"fd {number}"
 
     # ---- stacks and hints from the trace pipe -----------------------------------------------------------------------------
 
@@ -294,7 +352,17 @@ def suggest(call: str, arguments: dict[str, object], module: str = "") -> str:
         return "connect outside and pass the socket as an argument"
     if call == "memfd_create":
         return "use bytes or a bytearray"
+    descriptor = str(arguments.get("descriptor", ""))
+    if "(" in descriptor and call in NEEDS:
+        return f"hand it over with {NEEDS[call]}: open it outside in a mode that has it"
     return ""
+
+
+NEEDS = {
+    "write": "CAP_WRITE", "writev": "CAP_WRITE", "pwrite64": "CAP_PWRITE", "read": "CAP_READ", "readv": "CAP_READ",
+    "pread64": "CAP_PREAD", "lseek": "CAP_SEEK", "ftruncate": "CAP_FTRUNCATE", "fsync": "CAP_FSYNC", "mmap": "CAP_MMAP_RW",
+    "sendto": "CAP_SEND", "recvfrom": "CAP_RECV", "shutdown": "CAP_SHUTDOWN", "fallocate": "CAP_WRITE",
+}  # fmt: skip
 
 
 def _int(value: int) -> int:
@@ -324,7 +392,7 @@ def _socket(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, obje
 def _address(position: int) -> Callable[[Supervisor, int, tuple[int, ...]], dict[str, object]]:
     def decode(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
         raw = s._bytes(thread, args[position], _int(args[position + 1]) if args[position] else 0)
-        return {"descriptor": f"fd {_int(args[0])}", "address": _sockaddr(raw)}
+        return {"descriptor": s._fd(args[0]), "address": _sockaddr(raw)}
 
     return decode
 
@@ -360,11 +428,31 @@ def _tgkill(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, obje
 
 
 def _descriptor(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    return {"descriptor": f"fd {_int(args[0])}"}
+    return {"descriptor": s._fd(args[0])}
 
 
 def _command(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    return {"descriptor": f"fd {_int(args[0])}", "command": hex(args[1] & 0xFFFFFFFF)}
+    command = args[1] & 0xFFFFFFFF
+    return {"descriptor": s._fd(args[0]), "command": COMMANDS.get(command, hex(command))}
+
+
+COMMANDS = {
+    value: name
+    for module, prefix in ((fcntl, "F_"), (termios, "T"), (termios, "FIO"))
+    for name, value in vars(module).items()
+    if name.startswith(prefix) and isinstance(value, int) and (module is fcntl or value > 0x5000)
+}
+
+
+def _clone(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
+    known = ((0x100, "CLONE_VM"), (0x4000, "CLONE_VFORK"), (0x10000, "CLONE_THREAD"), (0x20000, "CLONE_NEWNS"),
+             (0x10000000, "CLONE_NEWUSER"), (0x20000000, "CLONE_NEWPID"), (0x40000000, "CLONE_NEWNET"))  # fmt: skip
+    names = [name for bit, name in known if args[0] & bit]
+    return {"flags": "|".join(names) or "(a new process)"}
+
+
+def _nothing(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
+    return {}
 
 
 def _protection(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
@@ -386,6 +474,9 @@ DECODERS: dict[str, Callable[[Supervisor, int, tuple[int, ...]], dict[str, objec
     "ioctl": _command,
     "mmap": _protection,
     "mprotect": _protection,
+    "clone": _clone,
+    "fork": _nothing,
+    "vfork": _nothing,
     **dict.fromkeys(
         ("read", "write", "pread64", "pwrite64", "readv", "writev", "lseek", "fstat", "ftruncate", "fchmod", "fchown",
          "flock", "fsync", "fdatasync", "dup", "dup2", "dup3", "fchdir", "sendmsg", "recvmsg", "listen", "accept",

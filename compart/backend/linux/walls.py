@@ -433,7 +433,9 @@ def _limit(policy: Policy, baseline: int) -> None:
     if policy.cpu is not None:
         # The host ends it to the millisecond; whole seconds of the kernel stand behind.
         put(resource.RLIMIT_CPU, math.ceil(policy.cpu) + 1, math.ceil(policy.cpu) + 2)
-    put(resource.RLIMIT_NOFILE, policy.open_files)
+    # The hard limit stays: the host lifts the soft one for a moment when it installs a copy of a granted descriptor.
+    # No call that changes a limit passes the filter.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (policy.open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     put(resource.RLIMIT_CORE, 0)
     put(resource.RLIMIT_MEMLOCK, 0)
     put(resource.RLIMIT_SIGPENDING, MOST_SIGNALS)
