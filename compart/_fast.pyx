@@ -35,6 +35,7 @@ import os as _os
 import re as _re
 import struct as _struct
 import sys as _sys
+import types as _types
 import uuid as _uuid
 
 times.import_datetime()
@@ -113,8 +114,15 @@ cdef enum:
     SLOTS = 128  # of the first table of numbered strings
     SLACK = 16  # what one `room` may ask for beyond what it uses; the end is checked exactly
     DIGITS = 65536  # of a Decimal: parsing and hashing stay fast
-    CALM = 64  # tables up to this many entries are too small to flood
+    CALM = 32  # tables up to this many entries are too small to flood
+    SAME = 32  # keys of one hash in one table
+    SAME_NESTED = 4  # the same for a frozenset that is itself a key
+    SET_LEVELS = 3  # frozensets in each other that are a key
+    PROBES = 256  # that building a table may take, on average for a key
     MAX_NDIM = 32
+
+    NO_KEY = 0  # where a value lies: in the open,
+    KEY = 1  # as a key or a member of a set, and one more for every frozenset around it
 
 HEADER = 16
 cdef uint32_t MAGIC = 0x31747063  # b"cpt1"
@@ -163,7 +171,6 @@ cdef extern from "Python.h":
     bint dict_next "PyDict_Next"(PyObject *, Py_ssize_t *, PyObject **, PyObject **)
     int PyDict_SetItem(dict, object, object) except -1
     Py_ssize_t set_size "PySet_GET_SIZE"(PyObject *)
-    int PySet_Add(object, object) except -1
     Py_hash_t PyObject_Hash(PyObject *) except -1
     int PyObject_GenericSetAttr(object, object, object) except -1
 
@@ -190,7 +197,7 @@ cdef class Registry:
     cdef dict by_type
     cdef object ndarray
 
-    def __init__(self, types=(), *, ndarray=None):
+    def __cinit__(self, types=(), *, ndarray=None):
         self.entries = []
         self.by_type = {}
         self.ndarray = ndarray
@@ -241,8 +248,8 @@ cdef _refuse_own_machinery(cls, tuple fields):
                 break
 
 
-_SLOT = type(object.__eq__)
-_MEMBER = type(_re.Pattern.flags)  # what __slots__ makes too
+_SLOT = _types.WrapperDescriptorType
+_MEMBER = _types.MemberDescriptorType  # what __slots__ makes
 _new_object = object.__new__
 _new_tuple = tuple.__new__
 _Decimal = _decimal.Decimal
@@ -313,7 +320,7 @@ def encode(
     w.mask = 0
     w.names = 0
     try:
-        put(&w, <PyObject *>value, 0, False)
+        put(&w, <PyObject *>value, 0, NO_KEY)
         if w.used + w.outside > w.limit:
             raise TooLarge(w.used + w.outside, w.limit)
         return finished(&w)
@@ -333,7 +340,7 @@ cdef bytes finished(Writer *w):
     return <bytes>w.heap
 
 
-cdef int put(Writer *w, PyObject *value, int depth, bint key) except -1:
+cdef int put(Writer *w, PyObject *value, int depth, int key) except -1:
     """Write one value. `value` may be borrowed: a leaf is written before any other code can run."""
     cdef PyTypeObject *kind = type_of(value)
     if kind == &PyUnicode_Type:
@@ -352,7 +359,7 @@ cdef int put(Writer *w, PyObject *value, int depth, bint key) except -1:
     if kind == &PyList_Type:
         return put_list(w, <object>value, depth)
     if kind == &PyTuple_Type:
-        return put_tuple(w, T_TUPLE, <object>value, depth, key)
+        return put_tuple(w, <object>value, depth, key)
     if kind == &PyBytes_Type:
         return put_content(w, T_BYTES, value, bytes_data(value), bytes_size(value))
     return put_other(w, <object>value, depth, key)
@@ -563,23 +570,22 @@ cdef inline int deeper(int depth) except -1:
 cdef int put_list(Writer *w, object value, int depth) except -1:
     cdef PyObject *items = <PyObject *>value
     cdef Py_ssize_t n = list_size(items)
-    cdef Py_ssize_t i = 0
+    cdef Py_ssize_t i
     deeper(depth)
     put_size(w, T_LIST, n)
-    # `describe`, or another thread while it runs, may shorten the list under us.
-    while i < list_size(items):
-        put(w, list_item(items, i), depth + 1, False)
-        i += 1
-    if i != n:
-        raise Unencodable("it changed while it was encoded")
+    for i in range(n):
+        # `describe`, or another thread while it runs, may change the list under us.
+        if list_size(items) != n:
+            raise Unencodable("it changed while it was encoded")
+        put(w, list_item(items, i), depth + 1, NO_KEY)
     return 0
 
 
-cdef int put_tuple(Writer *w, int tag, object value, int depth, bint key) except -1:
+cdef int put_tuple(Writer *w, object value, int depth, int key) except -1:
     cdef PyObject *items = <PyObject *>value
     cdef Py_ssize_t i
     deeper(depth)
-    put_size(w, tag, tuple_size(items))
+    put_size(w, T_TUPLE, tuple_size(items))
     for i in range(tuple_size(items)):
         put(w, tuple_item(items, i), depth + 1, key)
     return 0
@@ -598,12 +604,12 @@ cdef int put_dict(Writer *w, object value, int depth) except -1:
     while dict_next(items, &at, &name, &item):
         if type_of(name) == &PyUnicode_Type:
             put_name(w, name)
-            put(w, item, depth + 1, False)
+            put(w, item, depth + 1, NO_KEY)
         else:
             # Writing the key may run code that drops the entry.
             held = <object>item
-            put(w, name, depth + 1, True)
-            put(w, <PyObject *>held, depth + 1, False)
+            put(w, name, depth + 1, KEY)
+            put(w, <PyObject *>held, depth + 1, NO_KEY)
         written += 1
         if dict_size(items) != n or written > n:
             raise Unencodable("it changed while it was encoded")
@@ -612,16 +618,18 @@ cdef int put_dict(Writer *w, object value, int depth) except -1:
     return 0
 
 
-cdef int put_set(Writer *w, int tag, object value, int depth) except -1:
+cdef int put_set(Writer *w, int tag, object value, int depth, int key) except -1:
     cdef list members = list(value)  # it may change while a member is written
     deeper(depth)
+    if key > SET_LEVELS:
+        raise Unencodable(f"more than {SET_LEVELS} frozensets in each other, within a key or a member of a set")
     put_size(w, tag, len(members))
     for member in members:
-        put(w, <PyObject *>member, depth + 1, True)
+        put(w, <PyObject *>member, depth + 1, key + 1)
     return 0
 
 
-cdef int put_other(Writer *w, object value, int depth, bint key) except -1:
+cdef int put_other(Writer *w, object value, int depth, int key) except -1:
     """Write what is rare enough to be looked for one by one."""
     cdef PyObject *plain = <PyObject *>value
     cdef PyTypeObject *kind = type_of(plain)
@@ -630,9 +638,9 @@ cdef int put_other(Writer *w, object value, int depth, bint key) except -1:
     if kind == &PyByteArray_Type:
         return put_content(w, T_BYTEARRAY, plain, bytearray_data(plain), bytearray_size(plain))
     if kind == &PySet_Type:
-        return put_set(w, T_SET, value, depth)
+        return put_set(w, T_SET, value, depth, key)
     if kind == &PyFrozenSet_Type:
-        return put_set(w, T_FROZENSET, value, depth)
+        return put_set(w, T_FROZENSET, value, depth, key)
     if kind == &PyComplex_Type:
         parts[0] = PyComplex_RealAsDouble(value)
         parts[1] = PyComplex_ImagAsDouble(value)
@@ -713,13 +721,20 @@ cdef int put_datetime(Writer *w, object value, int depth) except -1:
 
 cdef int put_time(Writer *w, object value, int depth) except -1:
     put_tag(w, T_TIME)
-    put_clock(w, times.time_hour(value), times.time_minute(value), times.time_second(value), times.time_fold(value), times.time_microsecond(value))
+    put_clock(
+        w,
+        times.time_hour(value),
+        times.time_minute(value),
+        times.time_second(value),
+        times.time_fold(value),
+        times.time_microsecond(value),
+    )
     return put_tzinfo(w, times.time_tzinfo(value), depth)
 
 
 cdef int put_tzinfo(Writer *w, object zone, int depth) except -1:
     cdef size_t at = w.used
-    put(w, <PyObject *>zone, depth, True)
+    put(w, <PyObject *>zone, depth, KEY)
     if w.base[at] != T_NONE and w.base[at] != T_TIMEZONE and w.base[at] != T_ZONE:
         raise Unencodable(f"its time zone is a {_name(type(zone))}")
     return 0
@@ -744,7 +759,7 @@ cdef int put_timezone(Writer *w, object value) except -1:
 
 cdef int put_zone(Writer *w, object value) except -1:
     cdef object key = value.key
-    if type(key) is not str or _ZONE.fullmatch(key) is None:
+    if type(key) is not str or len(key) > 64 or _ZONE.fullmatch(key) is None:
         raise Unencodable(f"a ZoneInfo of key {key!r} cannot be found again by name")
     return put_str(w, <PyObject *>key, T_ZONE)
 
@@ -756,8 +771,7 @@ cdef int put_decimal(Writer *w, object value) except -1:
     return put_str(w, <PyObject *>text, T_DECIMAL)
 
 
-cdef int put_registered(Writer *w, _Entry entry, object value, int depth, bint key) except -1:
-    cdef Py_ssize_t i
+cdef int put_registered(Writer *w, _Entry entry, object value, int depth, int key) except -1:
     if key and not entry.key:
         raise Unencodable(f"{_name(entry.cls)} hashes with code of its own: no dictionary key or set member here")
     put_size(w, entry.tag, entry.index)
@@ -769,14 +783,13 @@ cdef int put_registered(Writer *w, _Entry entry, object value, int depth, bint k
     if entry.tag == T_NAMEDTUPLE:
         value = tuple(tuple.__iter__(value))
     else:
-        deeper(depth)
         try:
             value = tuple([getattr(value, name) for name in entry.fields])
         except AttributeError as missing:
             raise Unencodable(f"a field of {_name(entry.cls)} is not set: {missing}") from None
     if len(value) != len(entry.fields):
         raise Unencodable(f"{_name(entry.cls)} with {len(value)} fields")
-    return put_tuple(w, T_TUPLE, value, depth, key)
+    return put_tuple(w, value, depth, key)
 
 
 cdef int put_buffer(Writer *w, object value) except -1:
@@ -827,7 +840,7 @@ cdef bint put_capability(Writer *w, object value, int depth) except -1:
     put_str(w, <PyObject *>kind, T_CAPABILITY)
     w.describe = NULL  # the meta is a plain value
     try:
-        put(w, <PyObject *>meta, depth + 1, False)
+        put(w, <PyObject *>meta, depth + 1, NO_KEY)
     finally:
         w.describe = describe
     return True
@@ -850,6 +863,8 @@ cdef str _why_not(object value):
     for base in _PLAIN:
         if isinstance(value, base):
             return f"{_name(type(value))} is not {base.__name__} itself, and the function's annotation does not name it"
+    if isinstance(value, _enum.Enum) or hasattr(type(value), "__dataclass_fields__"):
+        return f"a {_name(type(value))} can be sent only if the function's annotation names it"
     return f"a value of type {_name(type(value))} cannot be sent"
 
 
@@ -905,7 +920,7 @@ def decode(
     r.numbered = 0
     r.names_room = 0
     try:
-        value = owned(take(&r, 0, False))
+        value = owned(take(&r, 0, NO_KEY))
         if r.at != r.end:
             raise Malformed(f"{r.end - r.at} bytes after the value")
         if r.next_buffer != len(outside):
@@ -987,7 +1002,7 @@ cdef inline int into(Reader *r, int depth) except -1:
     return 0
 
 
-cdef PyObject *take(Reader *r, int depth, bint key) except NULL:
+cdef PyObject *take(Reader *r, int depth, int key) except NULL:
     """Read one value; the caller owns it. As a `key` it must be hashable by code of builtin types alone."""
     cdef unsigned char tag = advance(r, 1)[0]
     cdef int16_t two
@@ -1096,11 +1111,11 @@ cdef PyObject *take_list(Reader *r, int depth) except NULL:
     charge(r, 72 + 8 * n)
     items = PyList_New(n)
     for i in range(n):
-        PyList_SET_ITEM(<PyObject *>items, i, take(r, depth + 1, False))
+        PyList_SET_ITEM(<PyObject *>items, i, take(r, depth + 1, NO_KEY))
     return given(items)
 
 
-cdef PyObject *take_tuple(Reader *r, int depth, bint key) except NULL:
+cdef PyObject *take_tuple(Reader *r, int depth, int key) except NULL:
     cdef Py_ssize_t n = take_count(r, 1)
     cdef Py_ssize_t i
     cdef tuple items
@@ -1121,8 +1136,8 @@ cdef PyObject *take_dict(Reader *r, int depth) except NULL:
     if n > CALM:
         return given(take_large_dict(r, n, depth))
     for i in range(n):
-        name = owned(take(r, depth + 1, True))
-        PyDict_SetItem(items, name, owned(take(r, depth + 1, False)))
+        name = owned(take(r, depth + 1, KEY))
+        PyDict_SetItem(items, name, owned(take(r, depth + 1, NO_KEY)))
     if dict_size(<PyObject *>items) != n:
         raise Malformed("a dictionary key comes twice")
     return given(items)
@@ -1135,9 +1150,9 @@ cdef dict take_large_dict(Reader *r, Py_ssize_t n, int depth):
     charge(r, 16 * n)
     pairs = PyList_New(2 * n)
     for i in range(n):
-        PyList_SET_ITEM(<PyObject *>pairs, 2 * i, take(r, depth + 1, True))
-        PyList_SET_ITEM(<PyObject *>pairs, 2 * i + 1, take(r, depth + 1, False))
-    refuse_flood(r, pairs, 2, False)
+        PyList_SET_ITEM(<PyObject *>pairs, 2 * i, take(r, depth + 1, KEY))
+        PyList_SET_ITEM(<PyObject *>pairs, 2 * i + 1, take(r, depth + 1, NO_KEY))
+    refuse_flood(r, pairs, 2, False, SAME)
     for i in range(n):
         PyDict_SetItem(
             items, <object>list_item(<PyObject *>pairs, 2 * i), <object>list_item(<PyObject *>pairs, 2 * i + 1)
@@ -1148,20 +1163,22 @@ cdef dict take_large_dict(Reader *r, Py_ssize_t n, int depth):
     return items
 
 
-cdef object take_set(Reader *r, int depth, bint frozen):
+cdef object take_set(Reader *r, int depth, int key, bint frozen):
     cdef Py_ssize_t n = take_count(r, 1)
     cdef Py_ssize_t i
     cdef list members
     into(r, depth)
+    if key > SET_LEVELS:
+        raise Malformed(f"more than {SET_LEVELS} frozensets in each other as a key")
     charge(r, 8 * n + set_memory(n))
     members = PyList_New(n)
     for i in range(n):
-        PyList_SET_ITEM(<PyObject *>members, i, take(r, depth + 1, True))
-    if n <= CALM:
+        PyList_SET_ITEM(<PyObject *>members, i, take(r, depth + 1, key + 1))
+    if n <= (SAME_NESTED if key else CALM):
         items = frozenset(members) if frozen else set(members)
     else:
-        refuse_flood(r, members, 1, False)
-        refuse_flood(r, members, 1, True)
+        refuse_flood(r, members, 1, False, SAME)
+        refuse_flood(r, members, 1, True, SAME_NESTED if key else SAME)
         # A set made from a dict gets its final table at once: the one whose probes were counted.
         unique = dict.fromkeys(members)
         items = frozenset(unique) if frozen else set(unique)
@@ -1188,24 +1205,25 @@ cdef size_t set_memory(size_t n) noexcept:
     return 216 + (16 * slots if n > 4 else 0)
 
 
-cdef int refuse_flood(Reader *r, list items, Py_ssize_t step, bint is_set) except -1:
-    """Refuse keys (every `step`th of `items`) that were chosen to collide.
+cdef int refuse_flood(Reader *r, list items, Py_ssize_t step, bint is_set, int same) except -1:
+    """Refuse keys (every `step`th of `items`) that were chosen to collide, or more than `same` of one hash.
 
     A compartment forked from the host knows the secret behind the hashes of strings, and those of numbers are public.
-    Equal hashes are not the only way: a table's probe sequence can be steered with different ones. So the probes that
-    CPython will make (Objects/dictobject.c, Objects/setobject.c) are made here first, on bare hashes, for every size
-    that the table will pass through, and the whole is refused when they are many.
+    Equal hashes are not the only way: the probes of different ones can be steered onto a common path. So the probes
+    that CPython will make (Objects/dictobject.c, Objects/setobject.c) are made here first, on bare hashes, for every
+    size that the table will pass through, and keys that take too many are refused.
+
+    Equal hashes cost comparisons. Those of tuples and strings take as long as these are, so a few are harmless. Those
+    of frozensets multiply with every level of nesting: there fewer are taken, and few levels.
     """
     cdef size_t n = len(items) / step
-    cdef size_t i, slots, largest
+    cdef size_t slots = 128
+    cdef size_t largest = 128
+    cdef size_t i
     cdef bint mixed = False
+    cdef bint flooded = False
     cdef Py_hash_t *hashes
     cdef uint32_t *table
-    cdef int flooded = 0
-    if n >> 31:
-        raise Malformed("a table of too many entries")
-    slots = 128
-    largest = 128
     if is_set:
         while largest <= 2 * n:
             largest *= 2
@@ -1227,7 +1245,7 @@ cdef int refuse_flood(Reader *r, list items, Py_ssize_t step, bint is_set) excep
             hashes[i] = PyObject_Hash(list_item(<PyObject *>items, i * step))
         while slots <= largest and not flooded:
             memset(table, 0, 4 * slots)
-            flooded = floods(hashes, n if is_set else min(n, slots * 2 / 3), table, slots - 1, 9 if is_set else 0)
+            flooded = floods(hashes, n if is_set else min(n, slots * 2 / 3), table, slots - 1, 9 if is_set else 0, same)
             slots *= 2
     finally:
         PyMem_Free(hashes)
@@ -1238,26 +1256,26 @@ cdef int refuse_flood(Reader *r, list items, Py_ssize_t step, bint is_set) excep
     return 0
 
 
-cdef bint floods(const Py_hash_t *hashes, size_t n, uint32_t *table, size_t mask, size_t linear) noexcept:
-    """Insert `n` hashes as CPython would; whether that takes over 256 probes each, or one hash comes over 64 times.
+cdef bint floods(const Py_hash_t *hashes, size_t n, uint32_t *table, size_t mask, size_t linear, int same) noexcept:
+    """Insert `n` hashes as CPython would; whether that takes over PROBES each, or one comes more than `same` times.
 
     Honest keys stay far below: multiples of a large power of two, the worst of them, take some 100 in a set.
     """
-    cdef size_t budget = 256 * n
+    cdef size_t budget = PROBES * n
     cdef size_t i, start, at, stop, perturb
     cdef uint32_t mark
-    cdef int same
+    cdef int found
     for i in range(n):
         perturb = <size_t>hashes[i]
         start = perturb & mask
         mark = <uint32_t>(perturb * <size_t>0x9E3779B97F4A7C15 >> 32) | 1  # of the hash; zero is an empty slot
-        same = 0
+        found = 0
         while True:
             at = start
             stop = at + linear if at + linear <= mask else at
             while at <= stop and table[at] != 0:
-                same += table[at] == mark
-                if budget == 0 or same == 64:
+                found += table[at] == mark
+                if budget == 0 or found == same:
                     return True
                 budget -= 1
                 at += 1
@@ -1269,7 +1287,7 @@ cdef bint floods(const Py_hash_t *hashes, size_t n, uint32_t *table, size_t mask
     return False
 
 
-cdef object take_other(Reader *r, int tag, int depth, bint key):
+cdef object take_other(Reader *r, int tag, int depth, int key):
     cdef Py_ssize_t n
     cdef const unsigned char *data
     cdef double parts[2]
@@ -1285,7 +1303,7 @@ cdef object take_other(Reader *r, int tag, int depth, bint key):
         charge(r, 32)
         return owned(PyComplex_FromDoubles(parts[0], parts[1]))
     elif tag == T_FROZENSET:
-        return take_set(r, depth, True)
+        return take_set(r, depth, key, True)
     elif tag == T_DATE:
         return take_date(r)
     elif tag == T_TIME:
@@ -1309,7 +1327,7 @@ cdef object take_other(Reader *r, int tag, int depth, bint key):
     elif key:
         raise Malformed(f"a key or set member of tag {tag}, which cannot be hashed")
     elif tag == T_SET:
-        return take_set(r, depth, False)
+        return take_set(r, depth, key, False)
     elif tag == T_BYTEARRAY:
         n = take_size(r)
         data = advance(r, n)
@@ -1458,7 +1476,7 @@ cdef object take_outside_bytes(Reader *r, bint mutable):
         PyBuffer_Release(&view)
 
 
-cdef object take_registered(Reader *r, int tag, int depth, bint key):
+cdef object take_registered(Reader *r, int tag, int depth, int key):
     cdef size_t index = take_size(r)
     cdef Registry registry = <Registry>r.registry
     cdef _Entry entry
@@ -1472,7 +1490,7 @@ cdef object take_registered(Reader *r, int tag, int depth, bint key):
     if key and not entry.key:
         raise Malformed(f"a {_name(entry.cls)} as a key or set member")
     if tag == T_ENUM:
-        name = owned(take(r, depth, True))
+        name = owned(take(r, depth, KEY))
         if type(name) is not str or name not in entry.members:
             raise Malformed(f"no member of {_name(entry.cls)}")
         return entry.members[name]
@@ -1527,7 +1545,7 @@ cdef object take_capability(Reader *r, int depth):
     if attach == NULL or not 0 < len(kind) <= 64:
         raise Malformed("a capability where none is expected")
     r.attach = NULL  # none inside the meta; a failure ends the whole decoding
-    meta = owned(take(r, depth + 1, False))
+    meta = owned(take(r, depth + 1, NO_KEY))
     r.attach = attach
     return (<object>attach)(kind, meta)
 

@@ -22,6 +22,14 @@ from compart.errors import ClosedError, NotCapableError, PolicyError, Unsupporte
 from compart.policy import DirectoryMode, Grant
 from compart.rights import Rights
 
+RAW = {"r": "rb", "w": "wb", "rw": "r+b", "a": "ab", "ra": "a+b"}
+OPEN = {
+    "r": os.O_RDONLY,
+    "w": os.O_WRONLY,
+    "rw": os.O_RDWR,
+    "a": os.O_WRONLY | os.O_APPEND,
+    "ra": os.O_RDWR | os.O_APPEND,
+}
 ACCMODE = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}
 
 
@@ -46,6 +54,10 @@ class _Nothing:
 
 
 system: System = _Nothing()
+
+
+_READING = r.CAP_READ
+_WRITING = r.CAP_WRITE | r.CAP_FTRUNCATE | r.CAP_FSYNC
 
 
 @dataclass(slots=True)
@@ -80,7 +92,9 @@ class Directory:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise PolicyError(f"Directory: {os.fspath(path)!r}: {error.strerror}; name a directory that exists") from None
+            raise PolicyError(
+                f"Directory: {os.fspath(path)!r}: {error.strerror}; name a directory that exists"
+            ) from None
         self._take(descriptor, mode, str(os.fspath(path)), inside=False)
 
     @classmethod
@@ -325,7 +339,7 @@ def acquire(value: Any, rights: Rights | None = None) -> Handed | None:
     if isinstance(value, socket.socket):
         if value.fileno() < 0:
             raise ClosedError(f"{value!r} is closed; hand over an open one")
-        return _dup(value.fileno(), _narrow(r.SOCKET, rights, value), "socket", value)
+        return _dup(value.fileno(), _narrow_socket(rights, value), "socket", value)
     if isinstance(value, io.IOBase):
         return _acquire_file(value, rights)
     return None
@@ -367,13 +381,18 @@ def _acquire_file(file: Any, rights: Rights | None) -> Handed | None:
         file.flush()
     text = isinstance(file, io.TextIOWrapper)
     mode = _access(number)
-    wanted = _mode_of(_narrow(_held(number, mode), rights, file), mode)
+    held = _held(number, mode)
+    # An object that only reads is handed over for reading, whatever its descriptor could do.
+    held = held if file.writable() else held - _WRITING
+    held = held if file.readable() else held - _READING
+    rights = _narrow(held, rights, file)
+    wanted = _mode_of(rights, mode)
     regular = stat.S_ISREG(os.fstat(number).st_mode)
     cookie = file.tell() if text and regular and file.seekable() else None
     position = None
     if regular and not text and file.seekable():
         position = file.tell()
-        if mode != "r" and position != os.lseek(number, 0, os.SEEK_CUR):
+        if wanted != "r" and position != os.lseek(number, 0, os.SEEK_CUR):
             os.lseek(number, position, os.SEEK_SET)
     handed = _acquire_number(number, rights, file, position=position if wanted == "r" else None)
     handed.kind, handed.cookie = "text" if text else "file", cookie
@@ -386,7 +405,7 @@ def _acquire_number(number: int, rights: Rights | None, original: object, positi
     except OSError:
         raise ClosedError(f"descriptor {number} is not open") from None
     if stat.S_ISSOCK(status.st_mode):
-        return _dup(number, _narrow(r.SOCKET, rights, original), "socket", original)
+        return _dup(number, _narrow_socket(rights, original), "socket", original)
     if stat.S_ISDIR(status.st_mode):
         raise PolicyError(f"descriptor {number} is a directory; hand over a compart.Directory")
     mode = _access(number)
@@ -397,8 +416,7 @@ def _acquire_number(number: int, rights: Rights | None, original: object, positi
     if mode == wanted and mode != "r":
         return _dup(number, held, "file", original, mode=mode)  # shared on purpose: writers see one position
     # A description of its own, with the narrower mode: the kernel's second wall. The host's position and flags are out of reach.
-    flags = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}[wanted]
-    flags |= fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND
+    flags = OPEN[wanted]
     try:
         again = os.open(f"/proc/self/fd/{number}", flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
@@ -411,7 +429,7 @@ def _acquire_number(number: int, rights: Rights | None, original: object, positi
         ) from None
     where = os.lseek(number, 0, os.SEEK_CUR) if position is None else position
     os.lseek(again, where, os.SEEK_SET)
-    fcntl.fcntl(again, fcntl.F_SETFL, flags & os.O_APPEND)
+    os.set_blocking(again, True)
     return Handed(again, held, "file", original, mode=wanted, position=position)
 
 
@@ -425,17 +443,25 @@ def _access(number: int) -> str:
     flags = fcntl.fcntl(number, fcntl.F_GETFL)
     if flags & os.O_PATH:
         raise PolicyError(f"descriptor {number} was opened with O_PATH and can do nothing; open it for reading")
-    return ACCMODE[flags & os.O_ACCMODE]
+    mode = ACCMODE[flags & os.O_ACCMODE]
+    appends = flags & os.O_APPEND and mode != "r"
+    return mode.replace("w", "a") if appends else mode
 
 
 def _held(number: int, mode: str) -> Rights:
     kind = os.fstat(number).st_mode
     if stat.S_ISREG(kind):
         return r.mode_rights(mode)
-    # Pipes, terminals and devices: no position, no mapping.
-    read = r.CAP_READ | r.CAP_EVENT | r.CAP_FSTAT | r.CAP_FCNTL
-    write = r.CAP_WRITE | r.CAP_EVENT | r.CAP_FSTAT | r.CAP_FCNTL
-    return {"r": read, "w": write, "rw": read | write}[mode]
+    # Pipes, terminals and devices: no mapping. On what has no position lseek(2) says ESPIPE, and files ask it first.
+    base = r.CAP_EVENT | r.CAP_FSTAT | r.CAP_FCNTL
+    if stat.S_ISFIFO(kind) or os.isatty(number):
+        base |= r.CAP_SEEK
+    return base | (r.CAP_READ if "r" in mode else r.NONE) | (r.CAP_WRITE if mode != "r" else r.NONE)
+
+
+def _narrow_socket(wanted: Rights | None, what: object) -> Rights:
+    # What may accept, listen or set options has to be said.
+    return r.SOCKET if wanted is None else _narrow(r.SOCKET | r.CAP_SOCK_SERVER | r.CAP_SOCK_CLIENT, wanted, what)
 
 
 def _narrow(held: Rights, wanted: Rights | None, what: object) -> Rights:
@@ -450,8 +476,9 @@ def _mode_of(rights: Rights, mode: str) -> str:
     """The least open mode that `rights` need, at most `mode`."""
     writes = bool(rights & r.CAP_WRITE) or bool(rights & r.CAP_FTRUNCATE)
     reads = bool(rights & r.CAP_READ)
-    least = "rw" if writes and reads else "w" if writes else "r"
-    return least if mode == "rw" else mode
+    if mode in ("rw", "ra"):
+        return mode if writes and reads else mode[1] if writes else "r"
+    return mode
 
 
 # ---- rebuild: in the child, before the walls ---------------------------------------------------------------------------------
@@ -475,27 +502,25 @@ def rebuild(handed: Handed, number: int) -> object:
             made.settimeout(original.gettimeout())
         return made
     if isinstance(original, Grant):
-        return open(number, {"r": "rb", "w": "wb", "rw": "r+b", "a": "ab"}[handed.mode])
+        return open(number, RAW[handed.mode])
     return _rebuild_file(original, handed, number)
 
 
 def _rebuild_file(original: Any, handed: Handed, number: int) -> object:
     text = original if isinstance(original, io.TextIOWrapper) else None
-    binary = original.buffer if text is not None else original
-    raw = io.FileIO(number, {"r": "rb", "w": "wb", "rw": "r+b"}[handed.mode], closefd=True)
+    raw = io.FileIO(number, RAW[handed.mode], closefd=True)
     name = getattr(original, "name", None)
     if isinstance(name, (str, bytes)):
-        raw.name = name  # type: ignore[misc]  # libraries look at the suffix
+        raw.name = name  # libraries look at the suffix
     if isinstance(original, io.FileIO):
         return raw
     made: Any
     if handed.mode == "r":
         made = io.BufferedReader(raw)
-    elif handed.mode == "w":
+    elif handed.mode in ("w", "a"):
         made = io.BufferedWriter(raw)
     else:
         made = io.BufferedRandom(raw) if raw.seekable() else io.BufferedReader(raw)
-    del binary
     if text is None:
         return made
     wrapped = io.TextIOWrapper(

@@ -20,17 +20,21 @@ FileMode: TypeAlias = Literal["r", "w", "rw", "a"]
 DirectoryMode: TypeAlias = Literal["r", "rw"]
 
 WALLS = (
-    "rlimits",
-    "no_new_privs",
-    "capabilities",
-    "descriptors",
     "shared_memory",
     "namespaces",
+    "no_new_privs",
     "landlock",
+    "descriptors",
+    "rlimits",
+    "capabilities",
     "seccomp",
     "listener",
 )
-"""The names of the walls, as `Policy(waive={...})` and `Enforcement` use them, in the order they go up."""
+"""The names of the walls, as `Enforcement` uses them, in the order they go up."""
+
+WAIVABLE = ("landlock", "seccomp", "listener")
+"""The walls that `Policy(waive={...})` may do without. The others are never missing where compart runs, or are asked for by
+grants that mean nothing without them."""
 
 UNITS = {"": 1, "B": 1, "K": 2**10, "KB": 2**10, "M": 2**20, "MB": 2**20, "G": 2**30, "GB": 2**30, "T": 2**40}
 
@@ -204,6 +208,10 @@ def _grants(value: object) -> tuple[Grant, ...]:
     for item in value:
         if not isinstance(item, Grant):
             raise PolicyError(f"grants holds {item!r}, which is no grant; make grants with compart.grant")
+        if item.kind == "file" and item.mode == "a":
+            raise PolicyError(
+                f"{item}: a name cannot be bounded to appending; pass grant.file(path, 'a') or open(path, 'ab') as an argument"
+            )
     return tuple(value)
 
 
@@ -223,7 +231,9 @@ def _env(value: object) -> Mapping[str, str]:
         raise PolicyError(f"env={value!r} is no mapping; give a dictionary of strings")
     for key, text in value.items():
         if not isinstance(key, str) or not isinstance(text, str) or not key or "=" in key or "\0" in key + text:
-            raise PolicyError(f"env holds {key!r}: {text!r}; names and values are strings without NUL, names without '='")
+            raise PolicyError(
+                f"env holds {key!r}: {text!r}; names and values are strings without NUL, names without '='"
+            )
     return MappingProxyType(dict(value))
 
 
@@ -235,6 +245,8 @@ def _waived(value: object) -> frozenset[str]:
     for name in value:
         if name not in WALLS:
             raise PolicyError(f"waive holds {name!r}, which is no wall; the walls are {', '.join(WALLS)}")
+        if name not in WAIVABLE:
+            raise PolicyError(f"the wall {name!r} cannot be waived; only {', '.join(WAIVABLE)} can")
     return frozenset(value)
 
 

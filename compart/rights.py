@@ -256,6 +256,8 @@ _MODES: Final = {
     "rw": _FILE | CAP_READ | CAP_WRITE | CAP_SEEK | CAP_MMAP_RW | CAP_FSYNC | CAP_FTRUNCATE,
     # Writing without CAP_SEEK is appending: pwrite() needs both.
     "a": _FILE | CAP_WRITE | CAP_SEEK_TELL | CAP_FSYNC,
+    # Reading anywhere, writing at the end: no shared writable mapping, no truncation.
+    "ra": _FILE | CAP_READ | CAP_WRITE | CAP_SEEK | CAP_MMAP_R | CAP_FSYNC,
 }
 _CHANGES: Final = (
     CAP_CREATE | CAP_MKDIRAT | CAP_UNLINKAT | CAP_RENAMEAT_SOURCE | CAP_RENAMEAT_TARGET | CAP_SYMLINKAT | CAP_FUTIMESAT
@@ -263,12 +265,13 @@ _CHANGES: Final = (
 
 
 def mode_rights(mode: str) -> Rights:
-    """The rights on a regular file that is held for reading ("r"), writing ("w"), both ("rw") or appending ("a").
+    """The rights on a regular file that is held for reading ("r"), writing ("w"), both ("rw"), appending ("a") or reading and
+    appending ("ra").
 
     Raises ValueError for another mode.
     """
     if mode not in _MODES:
-        raise ValueError(f'mode {mode!r} is none of "r", "w", "rw", "a"')
+        raise ValueError(f'mode {mode!r} is none of "r", "w", "rw", "a", "ra"')
     return _MODES[mode]
 
 

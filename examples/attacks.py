@@ -121,7 +121,9 @@ FILES = [
 REACHING_OUT = [
     Attack("by-path", "open a secret file", hostile.read_by_path, Scene.secret_came_back, ViolationError, aim="secret"),
     Attack("look", "list a folder", hostile.look_around, Scene.name_came_back, ViolationError, aim="secret"),
-    Attack("descriptors", "read what the host opened", hostile.read_descriptors, Scene.secret_came_back, None),
+    Attack(
+        "descriptors", "read what the host opened", hostile.read_descriptors, Scene.secret_came_back, ViolationError
+    ),
     Attack("environment", "read a token", hostile.read_environment, Scene.secret_came_back, None),
     Attack("overwrite", "change the file it reads", hostile.overwrite_input, Scene.input_changed, ViolationError),
     Attack("plant", "leave a new file", hostile.plant_a_file, Scene.marker_appeared, ViolationError, aim="marker"),

@@ -53,7 +53,7 @@ def main() -> int:
     # Shows that the checks can fail: the attacks that are safe to let loose, and no compartment.
     arguments.add_argument("--unconfined", action="store_true", help=argparse.SUPPRESS)
     unconfined = arguments.parse_args().unconfined
-    # A compartment that could block the host would block this program: then it dies of this, and says so.
+    # A compartment that could block the host would block this program: then SIGALRM ends it.
     signal.alarm(300)
 
     with tempfile.TemporaryDirectory(prefix="compart-demo-") as name:
@@ -62,7 +62,8 @@ def main() -> int:
         if unconfined:
             verdicts = [let_loose(attack, folder) for attack in ATTACKS if attack.outside]
         else:
-            verdicts = [read_honest(name, parser, folder / "honest") for name, parser in make_honest(folder)]
+            make_honest(folder / "honest")
+            verdicts = [read_honest(folder / "honest" / name, parser) for name, parser in HONEST.items()]
             verdicts += [withstand(attack, folder) for attack in ATTACKS]
     print_summary(verdicts)
     return 0 if set(verdicts) <= {"same", "held"} else 1
@@ -71,21 +72,20 @@ def main() -> int:
 # Honest files
 
 
-def make_honest(folder: Path) -> list[tuple[str, Callable[..., Any]]]:
-    # In another process: what a library imports to write a file would be here already to read it.
-    subprocess.run([sys.executable, inputs.__file__, folder / "honest"], check=True)
-    return list(HONEST.items())
+def make_honest(folder: Path) -> None:
+    # In another process: here, what a library imports to write a file would be there already to read it.
+    subprocess.run([sys.executable, inputs.__file__, folder], check=True)
 
 
-def read_honest(name: str, parser: Callable[..., Any], folder: Path) -> str:
+def read_honest(path: Path, parser: Callable[..., Any]) -> str:
     """Read the file inside and outside, and print a row. Returns the verdict."""
     # Inside first, for the same reason: reading outside would import what inside needs.
-    with open(folder / name, "rb") as file:
+    with open(path, "rb") as file:
         value, error, took = run_inside(parser, file)
-    with open(folder / name, "rb") as file:
+    with open(path, "rb") as file:
         expected = parser.__wrapped__(file)
     verdict = "same" if error is None and same(value, expected) else "WRONG"
-    print_row(name, "be read", "read", happened(value, error), took, verdict)
+    print_row(path.name, "be read", "read", happened(value, error), took, verdict)
     return verdict
 
 

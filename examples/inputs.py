@@ -52,7 +52,7 @@ def _picture() -> PIL.Image.Image:
 def pdf(path: Path) -> None:
     """Three pages, each with a line of text in one of the fonts that every reader has."""
     document = pypdf.PdfWriter()
-    document.add_metadata({"/Title": "Three pages"})
+    document.add_metadata({"/Title": "Три страницы"})
     font = DictionaryObject({NameObject(k): NameObject(v) for k, v in _HELVETICA.items()})
     for number in ("one", "two", "three"):
         page = document.add_blank_page(width=595, height=842)
@@ -146,11 +146,11 @@ def npy(path: Path) -> None:
 
 
 def pickle_that_runs(path: Path, command: str) -> None:
-    path.write_bytes(pickle.dumps(_Command(command)))
+    path.write_bytes(pickle.dumps(Command(command)))
 
 
-class _Command:
-    """Pickled as "call os.system with this", which unpickling then does."""
+class Command:
+    """Pickles to "call os.system with this", which whoever unpickles it then does."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -166,7 +166,7 @@ def yaml_that_runs(path: Path, command: str) -> None:
 def npy_that_runs(path: Path, command: str) -> None:
     """An array of objects is a pickle inside."""
     with path.open("wb") as file:
-        numpy.save(file, numpy.array([_Command(command)], dtype=object), allow_pickle=True)
+        numpy.save(file, numpy.array([Command(command)], dtype=object), allow_pickle=True)
 
 
 def xml_that_reads(path: Path, secret: Path) -> None:

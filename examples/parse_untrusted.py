@@ -19,6 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import parsers
 from report import one_line
 
+from compart import PolicyError
+
 # Offset, bytes, parser.
 MAGIC = [
     (0, b"\xff\xd8\xff", parsers.read_image),
@@ -59,6 +61,10 @@ def main() -> int:
     options.add_argument("--memory", default="256M", metavar="SIZE", help="for each file (default: 256M)")
     options.add_argument("files", nargs="+", metavar="FILE")
     given = options.parse_args()
+    try:
+        parsers.careful.replace(timeout=given.timeout, memory=given.memory)
+    except PolicyError as error:
+        options.error(str(error))
 
     failed = False
     for name in given.files:

@@ -8,9 +8,11 @@ the one open file that it was handed, and nothing else of this machine.
     with open("cat.jpg", "rb") as file:
         print(read_image(file))
 
-What a library would import at its first use cannot be imported inside, where no path can be opened.
-So each policy says what to have ready before the walls go up: `preload` names modules, and `warm`
-is called once. `parser.__wrapped__` is the plain function, without a compartment around it.
+What a library imports at its first use cannot be imported inside, where no path can be opened. What the
+standard library imports late, codecs included, compart has ready; for the rest a policy says what to load before
+the walls go up: `preload` names modules, and `warm` is called once. Where something was forgotten, the error names it.
+
+`parser.__wrapped__` is the plain function, without a compartment around it.
 """
 
 import hashlib
@@ -42,7 +44,8 @@ def read_image(file: BinaryIO) -> dict[str, Any]:
         return {"format": image.format, "size": image.size, "sha256": hashlib.sha256(pixels).hexdigest()}
 
 
-@sandboxed(careful, preload=("pypdf.filters", "encodings.mac_roman", "encodings.utf_16_be"))
+# pypdf imports its decompression at the first stream that needs it.
+@sandboxed(careful, preload=("pypdf.filters",))
 def read_pdf(file: BinaryIO) -> dict[str, Any]:
     """PDF: its title and the text of each page."""
     document = pypdf.PdfReader(file)
@@ -71,14 +74,13 @@ def read_xml(file: BinaryIO) -> tuple[Any, ...]:
     return plain(lxml.etree.parse(file, parser).getroot())
 
 
-@sandboxed(careful, preload=("datetime",))
+@sandboxed(careful)
 def read_yaml(file: BinaryIO) -> Any:
     """YAML with every tag it can have, those that call functions included."""
     return yaml.unsafe_load(file)
 
 
-# Names in a zip that are not UTF-8 are cp437; zlib, bz2 and lzma are ways to pack.
-@sandboxed(careful, preload=("encodings.cp437", "zlib", "bz2", "lzma"))
+@sandboxed(careful)
 def read_zip(file: BinaryIO) -> dict[str, Any]:
     """Zip: the size and the digest of each member."""
     with zipfile.ZipFile(file) as archive:
@@ -86,7 +88,7 @@ def read_zip(file: BinaryIO) -> dict[str, Any]:
     return {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in members.items()}
 
 
-@sandboxed(careful, preload=("gzip", "bz2", "lzma"))
+@sandboxed(careful)
 def read_tar(file: BinaryIO) -> dict[str, Any]:
     """Tar, packed in any way or not at all: the size and the digest of each regular member."""
     digests = {}
@@ -99,7 +101,7 @@ def read_tar(file: BinaryIO) -> dict[str, Any]:
 
 
 # Called with a grant, unpack_tar.options(grants=[grant.directory(folder, "rw")]), for without one no folder is there.
-@sandboxed(careful, preload=("gzip", "bz2", "lzma"))
+@sandboxed(careful)
 def unpack_tar(file: BinaryIO, folder: Path) -> list[str]:
     """Tar: write the regular members to a folder, wherever their names lead. Returns the names."""
     written = []
@@ -113,7 +115,7 @@ def unpack_tar(file: BinaryIO, folder: Path) -> list[str]:
     return written
 
 
-# A pickle imports what it names: have ready what honest ones of ours name.
+# A pickle imports what it names: have ready what honest ones name.
 @sandboxed(careful, preload=("datetime", "decimal"))
 def read_pickle(file: BinaryIO) -> Any:
     """A pickle. It runs whatever it says, in there."""

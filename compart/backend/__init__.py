@@ -56,7 +56,7 @@ class Enforcement:
         return "\n".join(str(wall) for wall in self.walls)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Channel:
     """The child's ends: numbers as the host has them, to be moved to where the filter expects them."""
 

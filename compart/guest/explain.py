@@ -48,10 +48,10 @@ class _Search:
         if kind in (list, tuple):
             return [(item, f"{path}[{n}]") for n, item in enumerate(value)]
         if kind in (set, frozenset):
-            return [(item, f"{path}{{{item!r:.40}}}") for item in value]
+            return [(item, f"{path}{{{_key(item)}}}") for item in value]
         if kind is dict:
-            pairs = [(key, f"{path} key {key!r:.40}") for key in value]
-            return pairs + [(item, f"{path}[{key!r:.40}]") for key, item in value.items()]
+            pairs = [(key, f"{path} key {_key(key)}") for key in value]
+            return pairs + [(item, f"{path}[{_key(key)}]") for key, item in value.items()]
         if self._passes(value):
             return None
         if dataclasses.is_dataclass(value) and self._registered(value):
@@ -86,6 +86,12 @@ class _Search:
         else:
             advice = reason or "return plain values"
         return f"{_shorten(path)}: {kind!r} cannot leave a compartment; {advice}"
+
+
+def _key(key: object) -> str:
+    if type(key) is str:
+        return '"' + key[:40].replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{key!r:.40}"
 
 
 def _anything_open(item: object) -> tuple[str, object] | None:

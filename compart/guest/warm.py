@@ -28,7 +28,7 @@ MODULES = (
     "weakref", "types", "enum", "dataclasses", "collections.abc", "itertools", "functools", "operator", "heapq",
     "concurrent.futures.thread", "asyncio", "selectors", "select", "socket", "signal", "subprocess", "logging", "platform",
     "ctypes", "faulthandler", "resource", "fcntl", "html.entities", "xml.etree.ElementTree", "urllib.parse", "mimetypes",
-    "email.message", "email.parser", "csv", "sqlite3",
+    "email.message", "email.parser", "csv", "sqlite3", "importlib.resources", "ctypes.util",
 )  # fmt: skip
 
 _lock = threading.Lock()

@@ -7,12 +7,13 @@ belongs to the attacker, and nothing that it says is believed by the host.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import gc
 import io
+import linecache
 import mmap
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from compart.backend import Backend, Channel
 from compart.backend.linux.filters import CONTROL, RESULT, TRACE
 from compart.capability import Directory, Handed, rebuild
 from compart.guest.explain import where
-from compart.guest.inside import hand
+from compart.guest.inside import enter, hand
 
 INLINE = 65536
 """Buffers from this size on travel by shared memory instead of the pipe."""
@@ -71,7 +72,8 @@ def _enter_and_run(backend: Backend, job: Job) -> int:
             rebuilt[id(item.original)] = made
             hand(item.original, made)
         _forget_event_loop()
-        _tell_late_imports()
+        _no_surprises()
+        enter()
 
     # The walls report by the pipe's number of before or after the move, whichever is there.
     result = job.channel.result
@@ -268,12 +270,40 @@ def _context(error: BaseException) -> str:
 # ---- making the inherited interpreter fit for a life inside -----------------------------------------------------------------
 
 
+class _LateImport:
+    """Before the finder that would look for files: tells the host which module was asked for."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        with contextlib.suppress(Exception):
+            os.write(TRACE, f"import {name}\n".encode(errors="replace")[:300])
+
+
 def _new_streams() -> None:
     # The host's objects hold text that it has not written yet; it must not come out a second time.
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin, sys.stdout, sys.stderr = STREAMS if STREAMS is not None else _make_streams()
+
+
+def _make_streams() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIOWrapper]:
+    def on(number: int, mode: str) -> io.TextIOWrapper:
+        raw = io.FileIO(number, mode, closefd=False)
+        buffered: Any = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        errors = "surrogateescape" if mode == "r" else "backslashreplace"
+        return io.TextIOWrapper(buffered, "utf-8", errors, line_buffering=number == 2)
+
+    return on(0, "r"), on(1, "w"), on(2, "w")
+
+
+def _streams_made_early() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIOWrapper] | None:
+    # Made once where children are forked from, and never used there: an object is only a number and an empty buffer. A
+    # host without standard streams cannot make them.
+    with contextlib.suppress(OSError):
+        return _make_streams()
+    return None
+
+
+CPU_COUNT = os.cpu_count()
+STREAMS = _streams_made_early()
+LATE_IMPORT = _LateImport()
 
 
 def _flush() -> None:
@@ -284,23 +314,48 @@ def _flush() -> None:
 
 def _forget_event_loop() -> None:
     """The host's running loop is not ours: its selector's descriptors are gone."""
-    asyncio = sys.modules.get("asyncio.events")
-    if asyncio is not None:
-        asyncio._set_running_loop(None)
-        asyncio.set_event_loop_policy(None) if sys.version_info < (3, 14) else None
-    faulthandler.cancel_dump_traceback_later()
+    events = sys.modules.get("asyncio.events")
+    if events is not None:
+        events._set_running_loop(None)
 
 
-class _LateImport:
-    """Before the finder that would look for files: tells the host which module was asked for."""
+def _no_surprises() -> None:
+    """Keep the interpreter from looking for files that are not there when nobody asked it to."""
+    sys.meta_path.insert(0, LATE_IMPORT)
+    # Formatting a traceback or a warning reads source lines: the text comes without them, the host adds its own.
+    linecache.checkcache = _nothing_to_check
+    linecache.updatecache = _no_lines
+    # The printers written in C open the source file themselves.
+    sys.excepthook = traceback.print_exception
+    sys.unraisablehook = _print_unraisable
+    threading.excepthook = _print_in_thread
+    # The C library counts processors by reading files.
+    os.cpu_count = _cpu_count
+    # Arguments of the host's command line are often secrets.
+    sys.argv, sys.orig_argv = [""], [""]
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        with contextlib.suppress(Exception):
-            os.write(TRACE, f"import {name}\n".encode(errors="replace")[:300])
+
+def _nothing_to_check(filename: str | None = None) -> None:
+    pass
 
 
-def _tell_late_imports() -> None:
-    sys.meta_path.insert(0, _LateImport())  # type: ignore[arg-type]
+def _no_lines(filename: str, module_globals: dict[str, Any] | None = None) -> list[str]:
+    return []
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    print(f"Exception ignored in: {unraisable.object!r}", file=sys.stderr)
+    traceback.print_exception(unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
+
+
+def _print_in_thread(args: Any) -> None:
+    if args.exc_type is not SystemExit:
+        print(f"Exception in thread {args.thread.name if args.thread else '?'}:", file=sys.stderr)
+        traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _cpu_count() -> int | None:
+    return CPU_COUNT
 
 
 def _replace(value: Any, rebuilt: dict[int, object]) -> Any:

@@ -12,7 +12,6 @@ import io
 import os
 import select
 import signal
-import socket
 import stat
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Any, Self
 from compart import _fast, backend, message
 from compart.backend import Channel, Enforcement
 from compart.backend.linux import _sys
-from compart.backend.linux.notify import MOST_TRACE, Supervisor
+from compart.backend.linux.notify import MOST_ANSWERED, MOST_TRACE, Supervisor
 from compart.backend.linux.walls import Plan
 from compart.capability import Directory, Handed
 from compart.errors import (
@@ -91,6 +90,7 @@ class Compartment:
         self.stdout = bytearray()
         self.stderr = bytearray()
         self.supervisor: Supervisor | None = None
+        self.traced = bytearray()
         self.leases: list[arena.Lease] = []
         self.descriptors: list[int] = []
         self.limit: str | None = None
@@ -119,9 +119,7 @@ class Compartment:
         try:
             self.result, result_w = _pipe(theirs, reader_ours=True)
             self.trace, trace_w = _pipe(theirs, reader_ours=True)
-            ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.control = ours.detach()
-            control = other.detach()
+            self.control, control = _sys.socketpair()
             theirs.append(control)
             stdout = self._output(self.policy.stdout, self.stdout, 1, theirs)
             stderr = self._output(self.policy.stderr, self.stderr, 2, theirs)
@@ -135,13 +133,14 @@ class Compartment:
                 self.call.function, self.call.args, self.call.kwargs, self.call.kind, handed, self.call.registry,
                 self.call.types, self.policy.result_limit, self.plan, channel,
             )  # fmt: skip
+            self.plan.write(channel)
+            for descriptor in (self.result, self.control, self.trace, *self.output):
+                os.set_blocking(descriptor, False)
+                self._watch(descriptor)
             self.pid, self.pidfd = self._fork(job)
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
-        for descriptor in (self.result, self.control, self.trace, *self.output):
-            os.set_blocking(descriptor, False)
-            self._watch(descriptor)
         self._watch(self.pidfd)
 
     def _fork(self, job: Job) -> tuple[int, int]:
@@ -151,10 +150,7 @@ class Compartment:
         return pid, pidfd
 
     def _output(self, how: str, into: bytearray, number: int, theirs: list[int]) -> int:
-        if how == "null":
-            theirs.append(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
-            return theirs[-1]
-        # "inherit" is relayed too: the compartment never holds the host's own terminal or log file.
+        # "inherit" is relayed and "null" is drained: the compartment never holds the host's terminal, log file or device.
         ours, other = _pipe(theirs, reader_ours=True)
         self.output[ours] = into if how == "capture" else bytearray()
         if how == "inherit":
@@ -224,7 +220,8 @@ class Compartment:
             raise ProtocolError(f"the compartment broke the protocol: {error}") from None
 
     def _serve(self) -> None:
-        assert self.supervisor is not None
+        if self.supervisor is None:
+            self.supervisor = self._supervise()
         try:
             self.supervisor.serve()
         except OSError as error:
@@ -232,13 +229,28 @@ class Compartment:
                 raise
             self._unwatch(self.listener)
         if self.supervisor.kill_wanted:
+            self.limit = None if self.policy.on_violation == "kill" else "violations"
             self.kill()
 
-    def _control(self) -> None:
+    def _supervise(self) -> Supervisor:
+        numbers = self.plan.numbers
+        return Supervisor(
+            listener=self.listener,
+            pid=self.pid,
+            policy=self.policy,
+            arch=self.plan.arch,
+            ranges=self.plan.layout.ranges,
+            granted={number: item.descriptor for item, number in zip(self.handed, numbers, strict=True)},
+            paths=self.plan.paths,
+            cwd=self.plan.cwd,
+        )
+
+    def _control(self) -> bool:
+        """Take one message from the socket for descriptors. False when there is none."""
         try:
             said, descriptors = _fast.recv_fds(self.control, 64, message.MOST_DESCRIPTORS, wait=False)
         except BlockingIOError:
-            return
+            return False
         except _fast.Malformed as error:
             self.kill()
             raise ProtocolError(f"the compartment sent descriptors that break the protocol: {error}") from None
@@ -246,8 +258,10 @@ class Compartment:
             said, descriptors = b"", []
         if not said:
             self._unwatch(self.control)
-        elif said == b"L" and len(descriptors) == 1 and self.supervisor is None and self.plan.layout.listener:
-            self._listen(descriptors[0])
+            return False
+        if said == b"L" and len(descriptors) == 1 and self.listener < 0 and self.plan.layout.listener:
+            self.listener = descriptors[0]
+            self._watch(self.listener)
         elif said == b"D" and descriptors and len(self.descriptors) + len(descriptors) <= message.MOST_DESCRIPTORS:
             self.descriptors += descriptors
         elif said[:1] == b"A" and len(said) == 9 and not descriptors:
@@ -256,16 +270,10 @@ class Compartment:
             for descriptor in descriptors:
                 os.close(descriptor)
             self.kill()
-            raise ProtocolError(f"the compartment sent {said[:1]!r} with {len(descriptors)} descriptors, which nobody asked for")
-
-    def _listen(self, listener: int) -> None:
-        self.listener = listener
-        self.supervisor = Supervisor(
-            listener=listener, pid=self.pid, policy=self.policy, arch=self.plan.arch, ranges=self.plan.layout.ranges,
-            granted={number: item.descriptor for item, number in zip(self.handed, self.plan.numbers, strict=True)},
-            paths=self.plan.paths, cwd=self.plan.cwd,
-        )  # fmt: skip
-        self._watch(listener)
+            raise ProtocolError(
+                f"the compartment sent {said[:1]!r} with {len(descriptors)} descriptors, which nobody asked for"
+            )
+        return True
 
     def _lend(self, size: int) -> None:
         # A value larger than the policy allows is refused here, not when it has been written.
@@ -279,8 +287,7 @@ class Compartment:
             _fast.send_fds(self.control, b"A" + lent.size.to_bytes(8, "little"), [lent.descriptor])
 
     def _trace(self) -> None:
-        into = self.supervisor.trace if self.supervisor is not None else bytearray()
-        if _fast.read_into(self.trace, into, MOST_TRACE) < 0:
+        if _fast.read_into(self.trace, self.traced, MOST_TRACE) < 0:
             self._unwatch(self.trace)
 
     def _drain(self, descriptor: int) -> None:
@@ -343,8 +350,7 @@ class Compartment:
             self._fill()
 
     def _trace_rest(self) -> None:
-        if self.supervisor is not None:
-            self._trace()
+        self._trace()
 
     @property
     def stillborn(self) -> bool:
@@ -361,7 +367,7 @@ class Compartment:
 
     @property
     def violations(self) -> tuple[Violation, ...]:
-        return self.supervisor.violations() if self.supervisor is not None else ()
+        return self.supervisor.violations(self.traced) if self.supervisor is not None else ()
 
     def close(self) -> None:
         """Kill it if it lives, and give back everything the host held for it. Closing twice is allowed."""
@@ -391,27 +397,38 @@ class Compartment:
 
     def value(self, frame: bytes, *, copy: bool) -> Any:
         """The value of a frame. With `copy` nothing of it stays in shared memory: the compartment lives on."""
+        # Descriptors travel by the socket and may still lie there.
+        while self._control():
+            pass
         room = self.leases[-1].size if self.leases else 0
         parts = message.take_apart(frame, room)
         if parts.descriptors != len(self.descriptors):
-            raise ProtocolError(f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}")
+            raise ProtocolError(
+                f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}"
+            )
         memory: Any = self.leases[-1] if self.leases else None
         if parts.places and copy:
             memory = bytes(memoryview(memory)[: sum(parts.places[-1])])
-        left = iter(self.descriptors)
-        read = message.read_value(parts, self.call.registry, self.policy.result_limit, memory, lambda kind, meta: self._attach(kind, meta, left))
-        if next(left, None) is not None:
-            raise ProtocolError("the compartment sent a descriptor that its value does not name")
-        self.descriptors = []
+        made: list[Any] = []
+        try:
+            read = message.read_value(
+                parts, self.call.registry, self.policy.result_limit, memory, lambda kind, meta: self._attach(kind, made)
+            )
+            if self.descriptors:
+                raise ProtocolError("the compartment sent a descriptor that its value does not name")
+        except BaseException:
+            for item in made:
+                item.close()
+            raise
         self.leases.clear()
         return read
 
-    def _attach(self, kind: str, meta: object, left: Any) -> object:
+    def _attach(self, kind: str, made: list[Any]) -> object:
         """A file or directory that came out: it is what the kernel says, whatever the compartment said."""
-        descriptor = next(left, None)
-        if descriptor is None:
+        if not self.descriptors:
             raise ProtocolError("the compartment named a descriptor that it did not send")
-        return arrived(descriptor, kind, meta)
+        made.append(arrived(self.descriptors.pop(0), kind))
+        return made[-1]
 
     def end(self, frame: tuple[int, bytes] | None) -> Any:
         """The value of the last frame, or the error that the end of the compartment means."""
@@ -479,9 +496,14 @@ class Compartment:
         usage = self.usage
         if self.limit == "timeout":
             text = self._limit_text("timeout", f"{self.policy.timeout} s")
-            return CompartmentTimeout(text, signal=9, limit="timeout", value=self.policy.timeout, usage=usage, stderr=words)
+            return CompartmentTimeout(
+                text, signal=9, limit="timeout", value=self.policy.timeout, usage=usage, stderr=words
+            )
         if self.limit == "result_bytes":
             return self._too_large()
+        if self.limit == "violations":
+            text = f"{self.call.name} was ended after {MOST_ANSWERED} refused calls ({usage})"
+            return CompartmentDied(text, signal=9, limit="violations", value=MOST_ANSWERED, usage=usage, stderr=words)
         killed = status if code in (CLD_KILLED, CLD_DUMPED) else None
         if self.limit == "cpu" or killed == signal.SIGXCPU:
             text = self._limit_text("cpu", f"{self.policy.cpu} s")
@@ -506,7 +528,7 @@ class Compartment:
         return self._text(self.stdout), self._text(self.stderr)
 
 
-def arrived(descriptor: int, kind: str, meta: object) -> object:
+def arrived(descriptor: int, kind: str) -> object:
     """A descriptor from a compartment as an object, by what it really is. Closes it and raises ProtocolError otherwise."""
     import fcntl
 
@@ -545,4 +567,3 @@ def _last_words(stderr: str) -> str:
         if line.startswith("Fatal Python error"):
             return f" ({line})"
     return ""
-

@@ -20,7 +20,8 @@ from compart import _fast, backend, capability, message
 from compart.capability import Handed
 from compart.errors import ClosedError, PolicyError
 from compart.guest import warm
-from compart.host import annotations
+from compart.guest.inside import sandboxed_here
+from compart.host import leaving
 from compart.host.compartment import Call, Compartment, Outcome
 from compart.policy import Policy, check_fields
 
@@ -101,7 +102,7 @@ class Sandboxed(Generic[P, R]):
             return self
         bound = Sandboxed.__new__(Sandboxed)
         bound.__dict__.update(self.__dict__)
-        bound.__wrapped__ = self.__wrapped__.__get__(instance, owner)  # type: ignore[attr-defined]
+        bound.__wrapped__ = self.__wrapped__.__get__(instance, owner)
         return bound
 
     def __repr__(self) -> str:
@@ -112,9 +113,13 @@ class Sandboxed(Generic[P, R]):
         return getattr(self.__wrapped__, "__qualname__", None) or repr(self.__wrapped__)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if sandboxed_here():
+            raise PolicyError(
+                f"{self._name}: a compartment makes no compartments; call {self._name}.__wrapped__ inside one"
+            )
         _check_arguments(self.__wrapped__, self._name, args, kwargs)
         if self._types is None:
-            types, ndarray = annotations.leaving(self.__wrapped__)
+            types, ndarray = leaving.leaving_types(self.__wrapped__)
             self._types = types, _fast.Registry(types, ndarray=ndarray)
         types, registry = self._types
         warm.ready(self.policy.preload, self.policy.warm)
@@ -152,7 +157,9 @@ def _policy(base: Policy, changes: dict[str, Any]) -> Policy:
 
 def _check_function(function: Any) -> None:
     if isinstance(function, type):
-        raise PolicyError(f"@sandboxed on the class {function.__qualname__}; decorate its methods, or a function that uses it")
+        raise PolicyError(
+            f"@sandboxed on the class {function.__qualname__}; decorate its methods, or a function that uses it"
+        )
     if not callable(function):
         raise PolicyError(f"{function!r} cannot be called; sandboxed() takes a function")
 

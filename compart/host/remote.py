@@ -10,7 +10,7 @@ import linecache
 import sys
 from typing import TYPE_CHECKING, Any
 
-from compart.errors import RemoteError, RemoteTraceback
+from compart.errors import ClosedError, NotCapableError, PolicyError, RemoteError, RemoteTraceback
 from compart.message import Raised, builtin_exception
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def rebuild(said: Raised, call: Call) -> BaseException:
     """The exception to raise: a builtin one as itself, any other as RemoteError; the remote frames are its cause."""
-    error = _builtin(said) or RemoteError(said.type_name, said.text)
+    error = _builtin(said) or _ours(said) or RemoteError(said.type_name, said.text)
     for note in said.notes:
         error.add_note(note)
     error.__cause__ = traceback_of(said, call)
@@ -44,6 +44,17 @@ def _builtin(said: Raised) -> BaseException | None:
         return None
     # OSError(errno) picks a subclass; the name that was told must agree with it.
     return error if type(error) is kind else None
+
+
+def _ours(said: Raised) -> BaseException | None:
+    kind = OURS.get(said.type_name)
+    if kind is None:
+        return None
+    return kind(1, said.text) if issubclass(kind, OSError) else kind(said.text)
+
+
+OURS = {f"compart.errors.{kind.__name__}": kind for kind in (NotCapableError, ClosedError, PolicyError)}
+"""compart's own errors that code inside may raise by using a Directory or a capability."""
 
 
 def _text(value: Any) -> str | None:

@@ -143,11 +143,13 @@ _on_an_input("faccessat2", lambda w: (b"", os.R_OK, 0x1000))
 _on_an_input("fchmodat2", lambda w: (b"", 0o751, 0x1000), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751)
 _on_an_input("fchownat", lambda w: (b"", 12345, -1, 0x1000), effect=lambda w: w.secret.stat().st_uid == 12345, privileged=True)
 _on_an_input("inotify_add_watch", lambda w: (b"x", 0x100), outside=reaches(errno.EINVAL))
-_on_an_input("dup", lambda w: (), name="dup_of_an_input_file", proof=lambda w, fd: fd >= 0)
-_on_an_input("dup2", lambda w: (50,), name="dup2_of_an_input_file", proof=lambda w, fd: fd == 50)
-_on_an_input("dup3", lambda w: (50, 0), name="dup3_of_an_input_file", proof=lambda w, fd: fd == 50)
-_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD, 40), name="duplicates_an_input_file_by_fcntl", proof=lambda w, fd: fd >= 40)
-_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD_CLOEXEC, 40), name="duplicates_an_input_file_by_fcntl_cloexec", proof=lambda w, fd: fd >= 40)
+# A copy may be had, but only where it keeps its rights: never among the compartment's own numbers.
+_AMONG_ITS_OWN: dict[str, Any] = {"proof": lambda w, fd: 0 <= fd < 480, "refused_with": (PermissionError, CONTAINED)}
+_on_an_input("dup", lambda w: (), name="dup_of_an_input_file", **_AMONG_ITS_OWN)
+_on_an_input("dup2", lambda w: (50,), name="dup2_of_an_input_file", **_AMONG_ITS_OWN)
+_on_an_input("dup3", lambda w: (50, 0), name="dup3_of_an_input_file", **_AMONG_ITS_OWN)
+_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD, 40), name="duplicates_an_input_file_by_fcntl", **_AMONG_ITS_OWN)
+_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD_CLOEXEC, 40), name="duplicates_an_input_file_by_fcntl_cloexec", **_AMONG_ITS_OWN)
 
 
 def _is_locked(world: World) -> bool:
@@ -350,35 +352,50 @@ def writes_through_a_ring(outside: World, file: Any) -> None:
 # -- a file granted for appending --------------------------------------------------------------------------------------
 
 
-def _appends(*calls: str, refused_with: Any = PermissionError, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A way of changing what a file granted for appending already holds."""
-    return attempt(surface="descriptors", refused_with=refused_with, call=calls, gives=lambda w: (open(w.secret, "ab", buffering=0),),
-                   effect=lambda w: not w.secret.read_bytes().startswith(w.token), **options)  # fmt: skip
+def _appends(*, refused_with: Any = PermissionError) -> Callable[[Callable[..., Any]], None]:
+    """Enter a way of changing what a file granted for appending already holds, for both ways of granting it."""
+
+    def handed_over(world: World) -> tuple[Any, ...]:
+        world.granted = open(world.secret, "ab", buffering=0)
+        return (world.granted,)
+
+    def by_rights(world: World) -> dict[str, Any]:
+        from compart import grant, rights
+
+        return {"grants": [grant.descriptor(world.granted, rights.mode_rights("a"))]}
+
+    def enter(function: Callable[..., Any]) -> None:
+        common: dict[str, Any] = {"surface": "descriptors", "refused_with": refused_with, "gives": handed_over}
+        common["effect"] = lambda world: not world.secret.read_bytes().startswith(world.token)
+        attempt(name=function.__name__, **common)(function)
+        attempt(name=f"{function.__name__}_granted_by_rights", policy=by_rights, **common)(function)
+
+    return enter
 
 
-@_appends("fcntl")
+@_appends()
 def clears_append_and_overwrites(outside: World, file: Any) -> None:
     native.call("fcntl", file.fileno(), fcntl.F_SETFL, 0)
     native.call("pwrite64", file.fileno(), b"changed", 7, 0)
 
 
-@_appends("pwritev2", refused_with=(PermissionError, errno.EOPNOTSUPP))
+@_appends(refused_with=(PermissionError, errno.EOPNOTSUPP))
 def overwrites_by_the_flag_that_ignores_append(outside: World, file: Any) -> None:
     data, vector = _vector(b"changed")
     native.call("pwritev2", file.fileno(), vector, 1, 0, 0, 0x20)  # RWF_NOAPPEND
 
 
-@_appends("fallocate")
+@_appends()
 def punches_a_hole_into_what_it_may_append_to(outside: World, file: Any) -> None:
     native.call("fallocate", file.fileno(), 0x3, 0, 8)
 
 
-@_appends("fallocate")
+@_appends()
 def zeroes_what_it_may_append_to(outside: World, file: Any) -> None:
     native.call("fallocate", file.fileno(), 0x10, 0, 8)
 
 
-@_appends("ftruncate")
+@_appends(refused_with=(PermissionError, errno.EINVAL))
 def truncates_what_it_may_append_to(outside: World, file: Any) -> None:
     native.call("ftruncate", file.fileno(), 0)
 
@@ -403,53 +420,58 @@ def _standard_output(flags: int) -> Callable[[World], Iterator[None]]:
     return arrange
 
 
-_INHERITS: dict[str, Any] = {"surface": "descriptors", "policy": {"stdout": "inherit"}}
+_INHERITS: dict[str, Any] = {
+    "surface": "descriptors",
+    "policy": {"stdout": "inherit"},
+    # What it holds may be a pipe that the host empties into its own output: then nothing is there to be changed.
+    "refused_with": (PermissionError, errno.ESPIPE, errno.EINVAL, errno.EBADF, CONTAINED),
+}
 
 
 def _log_lost(world: World) -> bool:
     return not world.log.read_bytes().startswith(b"what the host wrote before")
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="ftruncate", arrange=_standard_output(os.O_WRONLY | os.O_APPEND), effect=_log_lost)
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY | os.O_APPEND), effect=_log_lost)
 def truncates_the_standard_output_of_the_host(outside: World) -> None:
     native.call("ftruncate", 1, 0)
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="pwrite64", arrange=_standard_output(os.O_WRONLY), effect=_log_lost)
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY), effect=_log_lost)
 def overwrites_the_standard_output_of_the_host(outside: World) -> None:
     native.call("pwrite64", 1, b"changed", 7, 0)
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="fallocate", arrange=_standard_output(os.O_WRONLY | os.O_APPEND), effect=_log_lost)
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY | os.O_APPEND), effect=_log_lost)
 def punches_a_hole_into_the_standard_output_of_the_host(outside: World) -> None:
     native.call("fallocate", 1, 0x3, 0, 8)
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, arrange=_standard_output(os.O_RDWR),
+@attempt(**_INHERITS, arrange=_standard_output(os.O_RDWR),
          proof=lambda world, text: text == b"what the host wrote before")  # fmt: skip
 def reads_the_standard_output_of_the_host(outside: World) -> bytes:
     return os.pread(1, 100, 0)
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="fcntl", arrange=_standard_output(os.O_WRONLY),
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY),
          effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))  # fmt: skip
 def stops_the_standard_output_of_the_host_from_blocking(outside: World) -> None:
     native.call("fcntl", 1, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="fcntl", arrange=_standard_output(os.O_WRONLY | os.O_APPEND),
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY | os.O_APPEND),
          effect=lambda world: not fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND)  # fmt: skip
 def stops_the_standard_output_of_the_host_from_appending(outside: World) -> None:
     native.call("fcntl", 1, fcntl.F_SETFL, os.O_WRONLY)
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="ioctl", arrange=_standard_output(os.O_WRONLY),
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY),
          effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))  # fmt: skip
 def stops_the_standard_output_of_the_host_from_blocking_by_ioctl(outside: World) -> None:
     native.call("ioctl", 1, 0x5421, struct.pack("i", 1))
 
 
-@attempt(**_INHERITS, refused_with=PermissionError, call="lseek", arrange=_standard_output(os.O_WRONLY),
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY),
          effect=lambda world: os.lseek(1, 0, os.SEEK_CUR) == 5)  # fmt: skip
 def moves_the_standard_output_of_the_host(outside: World) -> None:
     native.call("lseek", 1, 5, os.SEEK_SET)
@@ -497,14 +519,14 @@ def opens_a_thousand_descriptors(outside: World) -> int:
     return sum(len(os.pipe()) for _ in range(501))
 
 
-@attempt(surface="descriptors", refused_with=(errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd == 600)
+@attempt(surface="descriptors", refused_with=(PermissionError, errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd == 600)
 def takes_a_number_among_the_granted(outside: World) -> int:
     # What it makes itself must never get a number that says it was granted.
     read_end, _ = os.pipe()
     return native.call("dup2", read_end, 600)
 
 
-@attempt(surface="descriptors", refused_with=(errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd >= 600)
+@attempt(surface="descriptors", refused_with=(PermissionError, errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd >= 600)
 def takes_a_number_among_the_granted_by_fcntl(outside: World) -> int:
     read_end, _ = os.pipe()
     return native.call("fcntl", read_end, fcntl.F_DUPFD, 600)

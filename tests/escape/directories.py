@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.escape import native
-from tests.escape.framework import World, attempt
+from tests.escape.framework import CONTAINED, World, attempt
 
 AT_FDCWD = -100
 O_PATH = 0o10000000
 
 # A name that leaves a mount of its own leads nowhere: ".." stops at its root, and "/" is an empty directory.
 NOWHERE = (errno.ENOENT, errno.EACCES, PermissionError)
+# The parent of the root is the root, so that a change meant for the parent happens in the directory itself.
+HERE = (*NOWHERE, CONTAINED)
 READ_ONLY = (errno.EROFS, errno.EACCES, PermissionError)
 
 
@@ -97,13 +99,13 @@ for _title, _name in _LEAVING.items():
         return int(struct.unpack_from("q", buffer, 48)[0])
 
 
-@from_directory(proof=lambda world, names: "secret" in names)
+@from_directory(proof=lambda world, names: "secret" in names, refused_with=HERE)
 def lists_the_parent(outside: World, directory: Any) -> list[str]:
     parent = native.call("openat", directory.fileno(), b"..", os.O_RDONLY | os.O_DIRECTORY)
     return os.listdir(parent)
 
 
-@from_directory(proof=lambda world, inode: inode == os.stat(world.directory).st_ino)
+@from_directory(refused_with=HERE, proof=lambda world, inode: inode == os.stat(world.directory).st_ino)
 def tells_the_parent_by_its_inode(outside: World, directory: Any) -> int:
     return os.fstat(native.call("openat", directory.fileno(), b"..", O_PATH)).st_ino
 
@@ -210,28 +212,28 @@ def _secret_gone(world: World) -> bool:
     return not world.secret.exists()
 
 
-@from_directory("rw", effect=_marked)
+@from_directory("rw", effect=_marked, refused_with=HERE)
 def creates_beside_the_directory(outside: World, directory: Any) -> None:
     native.call("openat", directory.fileno(), b"../marker", os.O_CREAT | os.O_WRONLY, 0o600)
 
 
-@from_directory("rw", effect=_marked, arrange=_more_links)
+@from_directory("rw", effect=_marked, refused_with=HERE, arrange=_more_links)
 def creates_through_a_link_to_the_parent(outside: World, directory: Any) -> None:
     native.call("openat", directory.fileno(), b"up/marker", os.O_CREAT | os.O_WRONLY, 0o600)
 
 
-@from_directory("rw", effect=_marked)
+@from_directory("rw", effect=_marked, refused_with=HERE)
 def creates_through_a_link_of_its_own(outside: World, directory: Any) -> None:
     native.call("symlinkat", b"..", directory.fileno(), b"mine")
     native.call("openat", directory.fileno(), b"mine/marker", os.O_CREAT | os.O_WRONLY, 0o600)
 
 
-@from_directory("rw", effect=_marked, refused_with=(*NOWHERE, errno.EEXIST))
+@from_directory("rw", effect=_marked, refused_with=(*HERE, errno.EEXIST))
 def makes_a_directory_beside(outside: World, directory: Any) -> None:
     native.call("mkdirat", directory.fileno(), b"../marker", 0o700)
 
 
-@from_directory("rw", effect=_marked, refused_with=(*NOWHERE, errno.EXDEV))
+@from_directory("rw", effect=_marked, refused_with=(*HERE, errno.EXDEV))
 def renames_out_of_the_directory(outside: World, directory: Any) -> None:
     native.call("renameat", directory.fileno(), b"inside", directory.fileno(), b"../marker")
 
@@ -434,7 +436,7 @@ def _gives_two(world: World, inside: bool) -> tuple[Any, ...]:
 
 def from_two(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """One directory for reading and one for changing: the second must lend the first nothing."""
-    return attempt(surface="directories", needs={"namespaces"}, gives_by_side=_gives_two, refused_with=(*READ_ONLY, errno.EXDEV), **options)
+    return attempt(surface="directories", needs={"namespaces"}, gives_by_side=_gives_two, refused_with=(*READ_ONLY, errno.EXDEV, errno.ENOENT), **options)
 
 
 @from_two(effect=lambda w: not (w.tree / "inside").exists())
@@ -600,3 +602,20 @@ def truncates_a_file_granted_for_appending(outside: World) -> None:
 @file_by_name("w", refused_with=READ_ONLY, proof=lambda world, got: got == b"inside")
 def reads_a_file_granted_for_writing(outside: World) -> bytes:
     return (outside.tree / "inside").read_bytes()
+
+
+def _appended_over(world: World) -> bool:
+    return not (world.tree / "inside").read_bytes().startswith(b"inside")
+
+
+@file_by_name("a", refused_with=(*READ_ONLY, errno.EOPNOTSUPP), effect=_appended_over)
+def punches_a_hole_into_a_file_granted_for_appending(outside: World) -> None:
+    with open(outside.tree / "inside", "ab") as file:
+        native.call("fallocate", file.fileno(), 0x3, 0, 6)
+
+
+@file_by_name("a", refused_with=READ_ONLY, effect=_appended_over)
+def clears_append_of_a_file_granted_for_appending(outside: World) -> None:
+    with open(outside.tree / "inside", "ab") as file:
+        native.call("fcntl", file.fileno(), 4, 0)
+        native.call("pwrite64", file.fileno(), b"changed", 7, 0)

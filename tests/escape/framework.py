@@ -159,7 +159,9 @@ def raw(
 
     if "effect" not in options:
         options.setdefault("proof", lambda world, answer: answer >= 0)
-    attempt(surface=surface, name=name or f"raw_{call}", refused_with=refused_with, call=call, **options)(issue)
+    # One that may be answered without a word makes no violation for certain.
+    recorded = () if refused_with != PermissionError else call
+    attempt(surface=surface, name=name or f"raw_{call}", refused_with=refused_with, call=recorded, **options)(issue)
 
 
 # -- the world ---------------------------------------------------------------------------------------------------------

@@ -56,8 +56,14 @@ _INT80 = bytes.fromhex(
     "c3"  # ret
 )
 
-# A page that is executable from birth and never writable again; kept for as long as the module lives.
-_page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+# A page that is executable from birth and never writable again; kept for as long as the module lives. Private: shared
+# memory of the host is not there inside.
+_page = mmap.mmap(
+    -1,
+    mmap.PAGESIZE,
+    flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+    prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC,
+)
 _offsets = {}
 for _name, _code in (("syscall", _SYSCALL), ("spawn", _SPAWN), ("int80", _INT80)):
     _offsets[_name] = _page.tell()

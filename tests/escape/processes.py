@@ -24,6 +24,7 @@ CLONE_PIDFD, CLONE_PTRACE, CLONE_VFORK, CLONE_PARENT, CLONE_THREAD = 0x1000, 0x2
 CLONE_NEWNS, CLONE_UNTRACED, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x800000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = (
     0x8000000, 0x10000000, 0x20000000, 0x40000000, 0x80)  # fmt: skip
+GROUP, NICENESS = os.getpgrp(), os.getpriority(os.PRIO_PROCESS, 0)
 THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD
 
 
@@ -153,7 +154,7 @@ def becomes_a_program_by_execveat(outside: World) -> None:
     effect=lambda world: world.marker.exists(),
 )
 def runs_a_command(outside: World) -> None:
-    subprocess.run(["/bin/sh", "-c", f"echo > {outside.marker}"], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(["/bin/sh", "-c", f"echo > {outside.marker}"], check=True)
 
 
 @attempt(
@@ -306,7 +307,7 @@ _signals("rt_tgsigqueueinfo", lambda w: (w.host, w.host, signal.SIGUSR1, _INFO))
 raw("kill", lambda w: (w.host, 0), surface="processes", name="asks_whether_the_host_lives")
 raw("kill", lambda w: (1, 0), surface="processes", name="asks_whether_init_lives", privileged=True)
 raw("kill", lambda w: (0, 0), surface="processes", name="signals_its_process_group")
-raw("kill", lambda w: (-os.getpgrp(), 0), surface="processes", name="signals_a_process_group_by_number")
+raw("kill", lambda w: (-GROUP, 0), surface="processes", name="signals_a_process_group_by_number")
 raw("kill", lambda w: (-1, 0), surface="processes", name="signals_everybody")
 
 
@@ -368,7 +369,7 @@ raw("clock_nanosleep", lambda w: (_clock_of(w, 2), 1, struct.pack("qq", 0, 1), N
 # -- groups, sessions, scheduling, limits of others --------------------------------------------------------------------
 
 raw("setpgid", lambda w: (0, 0), surface="processes")
-raw("setpgid", lambda w: (0, os.getpgid(w.host)), surface="processes", name="raw_setpgid_to_the_host_s")
+raw("setpgid", lambda w: (0, GROUP), surface="processes", name="raw_setpgid_to_the_host_s")
 raw("setsid", lambda w: (), surface="processes")
 raw("getpgid", lambda w: (w.host,), surface="processes")
 raw("getsid", lambda w: (w.host,), surface="processes")
@@ -381,9 +382,9 @@ raw("sched_getparam", lambda w: (w.host, ctypes.create_string_buffer(4)), surfac
 raw("sched_setattr", lambda w: (w.host, struct.pack("IIQiIQQQ", 48, 0, 0, 0, 0, 0, 0, 0), 0), surface="processes")
 raw("sched_getattr", lambda w: (w.host, ctypes.create_string_buffer(64), 64, 0), surface="processes")
 raw("sched_rr_get_interval", lambda w: (w.host, ctypes.create_string_buffer(16)), surface="processes")
-raw("setpriority", lambda w: (0, w.host, os.getpriority(os.PRIO_PROCESS, 0)), surface="processes")
+raw("setpriority", lambda w: (0, w.host, NICENESS), surface="processes")
 raw("getpriority", lambda w: (0, w.host), surface="processes")
-raw("setpriority", lambda w: (2, 0, os.getpriority(os.PRIO_PROCESS, 0)), surface="processes", name="raw_setpriority_of_the_user")
+raw("setpriority", lambda w: (2, 0, NICENESS), surface="processes", name="raw_setpriority_of_the_user")
 raw("ioprio_set", lambda w: (1, w.host, 0), surface="processes")
 raw("ioprio_get", lambda w: (1, w.host), surface="processes")
 raw("prlimit64", lambda w: (w.host, resource.RLIMIT_CORE, None, ctypes.create_string_buffer(16)), surface="processes", name="reads_the_host_s_limits")
@@ -426,11 +427,9 @@ _prctl("takes_an_unknown_option", 0x7FFF0001, 0, 0, 0, 0, outside=reaches(errno.
 _HEADER = struct.pack("Ii", 0x20080522, 0)
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="capset", proof=lambda world, answer: answer == 0)
-def sets_its_capabilities(outside: World) -> int:
-    capabilities = ctypes.create_string_buffer(24)
-    native.call("capget", _HEADER, capabilities)
-    return native.call("capset", _HEADER, capabilities)
+_NO_CAPABILITIES = ctypes.create_string_buffer(24)
+raw("capget", lambda w: (_HEADER, ctypes.create_string_buffer(24)), surface="processes")
+raw("capset", lambda w: (_HEADER, _NO_CAPABILITIES), surface="processes")
 
 
 def _becomes(call: str, *arguments: int) -> None:

@@ -82,6 +82,13 @@ def verdicts(done):
     return {line[:13].strip(): line.rsplit("  ", 1)[1] for line in table}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("files")
+    assert run(EXAMPLES / "inputs.py", made).returncode == 0
+    return made
+
+
 # The demonstration
 
 
@@ -172,14 +179,25 @@ demo.ATTACKS[:] = [dataclasses.replace(a, check=lambda scene, value: "") for a i
     assert done.returncode == 1
 
 
+def test_a_granted_folder_is_what_an_honest_archive_is_unpacked_to(folder, tmp_path):
+    done = run_changed(
+        f"""
+import pathlib, demo, parsers
+from compart import grant
+
+folder = pathlib.Path({str(tmp_path)!r})
+with open({str(folder / "files.tar.gz")!r}, "rb") as file:
+    print(parsers.unpack_tar.options(grants=[grant.directory(folder, "rw")])(file, folder))
+demo.HONEST.clear()
+demo.ATTACKS.clear()
+"""
+    )
+    assert done.stdout.splitlines()[0] == "['notes/read me.txt', 'data/números.bin']", done.stderr
+    assert (tmp_path / "notes/read me.txt").read_bytes() == b"a stranger sent this\n" * 40
+    assert (tmp_path / "data/números.bin").read_bytes() == bytes(range(256)) * 64
+
+
 # Files of one's own
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("files")
-    assert run(EXAMPLES / "inputs.py", made).returncode == 0
-    return made
 
 
 def parse(*arguments):
@@ -229,6 +247,12 @@ def test_parse_untrusted_keeps_to_the_memory_it_is_given(tmp_path):
     done = parse("--memory", "64M", tmp_path / "bomb.png")
     assert done.returncode == 1
     assert "cannot be read: MemoryLimitError" in done.stdout
+
+
+def test_parse_untrusted_refuses_a_limit_that_makes_no_sense(folder):
+    done = parse("--memory", "lots", folder / "photo.jpg")
+    assert done.returncode == 2
+    assert "memory='lots' is no size" in done.stderr
 
 
 def test_parse_untrusted_lets_no_escape_sequence_through(tmp_path):

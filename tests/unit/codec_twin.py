@@ -20,6 +20,7 @@ from compart._fast import Buffer
 
 DEPTH = 256
 NAMES = 4096
+SET_LEVELS = 3
 
 Tag = enum.IntEnum(
     "Tag",
@@ -194,7 +195,7 @@ class Decoder:
         self.left = memoryview(body)
         self.names: list[str] = []
         try:
-            value = self.take(0, False)
+            value = self.take(0, 0)
         except Refused:
             raise
         except Exception as error:
@@ -226,7 +227,7 @@ class Decoder:
     def text(self) -> str:
         return self.advance(self.size()).decode("utf-8", "surrogatepass")
 
-    def take(self, depth: int, key: bool) -> Any:
+    def take(self, depth: int, key: int) -> Any:
         name = Tag(self.advance(1)[0]).name
         self.demand(not (key and name in NO_KEY), "not hashable")
         if name in ("NONE", "TRUE", "FALSE"):
@@ -237,14 +238,15 @@ class Decoder:
             return number
         if name in ("LIST", "TUPLE", "DICT", "SET", "FROZENSET"):
             self.demand(depth < self.depth, "too deep")
-            inner = name in ("SET", "FROZENSET") or (name == "TUPLE" and key)
+            inner = key + 1 if name in ("SET", "FROZENSET") else key
+            self.demand(inner == key or key <= SET_LEVELS, "too many frozensets in each other")
             n = self.size()
             self.demand(n * (1 + (name == "DICT")) <= len(self.left), "more items than bytes")
             if name == "DICT":
                 pairs = []
                 for _ in range(n):
-                    field = self.take(depth + 1, True)
-                    pairs.append((field, self.take(depth + 1, False)))
+                    field = self.take(depth + 1, 1)
+                    pairs.append((field, self.take(depth + 1, 0)))
                 value: Any = dict(pairs)
             else:
                 items = [self.take(depth + 1, inner) for _ in range(n)]
@@ -253,106 +255,106 @@ class Decoder:
             return value
         return getattr(self, f"take_{name.lower()}")(depth, key)
 
-    def take_int(self, depth: int, key: bool) -> int:
+    def take_int(self, depth: int, key: int) -> int:
         data = self.advance(self.size())
         value = int.from_bytes(data, sys.byteorder, signed=True)
         self.demand(len(data) >= 9 and value.bit_length() // 8 + 1 == len(data), "an int in the wrong form")
         return value
 
-    def take_complex(self, depth: int, key: bool) -> complex:
+    def take_complex(self, depth: int, key: int) -> complex:
         return complex(*self.unpack("=dd"))
 
-    def take_str(self, depth: int, key: bool) -> str:
+    def take_str(self, depth: int, key: int) -> str:
         return self.text()
 
-    def take_name(self, depth: int, key: bool) -> str:
+    def take_name(self, depth: int, key: int) -> str:
         self.demand(len(self.names) < NAMES, "too many names")
         self.names.append(self.text())
         return self.names[-1]
 
-    def take_ref(self, depth: int, key: bool) -> str:
+    def take_ref(self, depth: int, key: int) -> str:
         n = self.size()
         self.demand(n < len(self.names), "a reference to no string")
         return self.names[n]
 
-    def take_bytes(self, depth: int, key: bool) -> bytes:
+    def take_bytes(self, depth: int, key: int) -> bytes:
         return self.advance(self.size())
 
-    def take_bytearray(self, depth: int, key: bool) -> bytearray:
+    def take_bytearray(self, depth: int, key: int) -> bytearray:
         return bytearray(self.advance(self.size()))
 
-    def take_bytes_out(self, depth: int, key: bool) -> bytes:
+    def take_bytes_out(self, depth: int, key: int) -> bytes:
         n = self.size()
         data = bytes(self.buffers.pop(0))
         self.demand(len(data) == n, "another length")
         return data
 
-    def take_bytearray_out(self, depth: int, key: bool) -> bytearray:
+    def take_bytearray_out(self, depth: int, key: int) -> bytearray:
         return bytearray(self.take_bytes_out(depth, key))
 
-    def take_date(self, depth: int, key: bool) -> datetime.date:
+    def take_date(self, depth: int, key: int) -> datetime.date:
         return datetime.date(*self.unpack("=HBB"))
 
-    def take_time(self, depth: int, key: bool) -> datetime.time:
+    def take_time(self, depth: int, key: int) -> datetime.time:
         hour, minute, second, fold, microsecond = self.unpack("=BBBBI")
         return datetime.time(hour, minute, second, microsecond, self.zone(), fold=fold)
 
-    def take_datetime(self, depth: int, key: bool) -> datetime.datetime:
+    def take_datetime(self, depth: int, key: int) -> datetime.datetime:
         *day, hour, minute, second, fold, microsecond = self.unpack("=HBBBBBBI")
         return datetime.datetime(*day, hour, minute, second, microsecond, self.zone(), fold=fold)
 
     def zone(self) -> datetime.tzinfo | None:
         self.demand(self.left and self.left[0] in (Tag.NONE, Tag.TIMEZONE, Tag.ZONE), "no time zone")
-        zone: datetime.tzinfo | None = self.take(0, True)
+        zone: datetime.tzinfo | None = self.take(0, 1)
         return zone
 
-    def take_timedelta(self, depth: int, key: bool) -> datetime.timedelta:
+    def take_timedelta(self, depth: int, key: int) -> datetime.timedelta:
         days, seconds, microseconds = self.unpack("=iii")
         self.demand(0 <= seconds < 86400 and 0 <= microseconds < 1_000_000, "a timedelta in the wrong form")
         return datetime.timedelta(days, seconds, microseconds)
 
-    def take_timezone(self, depth: int, key: bool) -> datetime.timezone:
+    def take_timezone(self, depth: int, key: int) -> datetime.timezone:
         offset = self.take_timedelta(depth, key)
         tag = self.advance(1)[0]
         self.demand(tag in (Tag.NONE, Tag.STR), "no name")
         return datetime.timezone(offset) if tag == Tag.NONE else datetime.timezone(offset, self.text())
 
-    def take_zone(self, depth: int, key: bool) -> zoneinfo.ZoneInfo:
+    def take_zone(self, depth: int, key: int) -> zoneinfo.ZoneInfo:
         name = self.text()
         self.demand(len(name) <= 64 and ZONE.fullmatch(name), "no zone")
         return zoneinfo.ZoneInfo(name)
 
-    def take_decimal(self, depth: int, key: bool) -> decimal.Decimal:
+    def take_decimal(self, depth: int, key: int) -> decimal.Decimal:
         text = self.text()
         self.demand(len(text) <= 65536 and DECIMAL.fullmatch(text), "no Decimal")
         value = decimal.Decimal(text)
         self.demand(str(value) == text, "a Decimal in the wrong form")
         return value
 
-    def take_uuid(self, depth: int, key: bool) -> uuid.UUID:
+    def take_uuid(self, depth: int, key: int) -> uuid.UUID:
         data = self.advance(17)
         return uuid.UUID(bytes=data[:16], is_safe=SAFE[data[16]])
 
-    def registered(self, kind: str, key: bool) -> Any:
+    def registered(self, kind: str, key: int) -> Any:
         cls = self.types[self.size()]
         self.demand(kind_of(cls) == kind, "another kind")
         return cls
 
-    def fields(self, cls: Any, depth: int, key: bool) -> tuple[Any, ...]:
+    def fields(self, cls: Any, depth: int, key: int) -> tuple[Any, ...]:
         self.demand(self.left and self.left[0] == Tag.TUPLE, "no fields")
         values: tuple[Any, ...] = self.take(depth, key)
         self.demand(len(values) == len(fields_of(cls)), "another number of fields")
         return values
 
-    def take_enum(self, depth: int, key: bool) -> Any:
+    def take_enum(self, depth: int, key: int) -> Any:
         members = self.registered("ENUM", key).__members__
-        return members[self.take(depth, True)]
+        return members[self.take(depth, 1)]
 
-    def take_namedtuple(self, depth: int, key: bool) -> Any:
+    def take_namedtuple(self, depth: int, key: int) -> Any:
         cls = self.registered("NAMEDTUPLE", key)
         return tuple.__new__(cls, self.fields(cls, depth, key))
 
-    def take_dataclass(self, depth: int, key: bool) -> Any:
+    def take_dataclass(self, depth: int, key: int) -> Any:
         cls = self.registered("DATACLASS", key)
         values = self.fields(cls, depth, key)
         made = object.__new__(cls)
@@ -360,7 +362,7 @@ class Decoder:
             object.__setattr__(made, name, value)
         return made
 
-    def take_buffer(self, depth: int, key: bool) -> Buffer:
+    def take_buffer(self, depth: int, key: int) -> Buffer:
         flags, ndim = self.unpack("=BB")
         self.demand(flags < 4 and ndim <= 32, "a buffer in the wrong form")
         form = self.advance(self.size()).decode("ascii")
@@ -370,11 +372,11 @@ class Decoder:
         self.demand(value.nbytes == n, "another length")
         return value
 
-    def take_capability(self, depth: int, key: bool) -> object:
+    def take_capability(self, depth: int, key: int) -> object:
         kind = self.text()
         attach, self.attach = self.attach, None
         self.demand(depth < self.depth and attach and 0 < len(kind) <= 64, "no capability expected")
         assert attach is not None
-        meta = self.take(depth + 1, False)
+        meta = self.take(depth + 1, 0)
         self.attach = attach
         return attach(kind, meta)

@@ -92,7 +92,7 @@ words = st.sampled_from(
 ) | st.integers(0, WORD)
 signed = words | st.integers(-5, 40)
 longs = st.builds(lambda high, low: high << 32 | low, st.sampled_from([0, 0, 0, 1, 1 << 31, WORD]), words)
-positions = st.integers(0, 5)
+positions = st.integers(0, 2) | st.integers(0, 5)  # often the same, so that words are found loaded
 
 
 @st.composite
@@ -181,12 +181,35 @@ def test_every_number_goes_where_it_should(rules, cached):
 @example(frozenset({WORD}), [])
 @example(frozenset({0, WORD}), [1])
 @example(frozenset(range(3, 35)), [])
+@example(frozenset({0, WORD - 3, WORD - 2, WORD - 1, WORD}), [])
 def test_one_of_is_membership(values, others):
     code = program(Rule("read", ((OneOf(2, values),),)), default=errno_(1))
     near = {(value + step) & WORD for value in values for step in (-1, 0, 1)}
     for word in near | set(others) | {0, 31, 32, 63}:
         for high in (0, 5):
             assert (answer(code, "read", 0, 0, word | high << 32) == ALLOW) is (word in values)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5000, WORD - 31])
+@pytest.mark.parametrize("last", [30, 31, 32])
+def test_scattered_neighbours_are_one_mask_if_they_fit_in_one(first, last):
+    values = {first + step & WORD for step in (0, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, last)}
+    code = program(Rule("read", ((OneOf(0, frozenset(values)),),)))
+    for word in [*range(150), *(first + step & WORD for step in range(-70, 150))]:
+        assert (answer(code, "read", word) == ALLOW) is (word in values)
+    # As long as the first fits as well, or nothing has to be taken away: arch, nr, the argument, a mask, answers.
+    assert (len(code) // 8 <= 15) is (last < 32 and first + last <= WORD)
+
+
+@pytest.mark.parametrize("pattern", [lambda n: n % 3, lambda n: n // 3 % 4, lambda n: n % 7 % 4, lambda n: n // 2 % 3])
+@pytest.mark.parametrize("first", [0, 5, 20, 31, 100])
+@pytest.mark.parametrize("count", [31, 32, 33, 70])
+def test_masks_end_after_32_numbers(first, count, pattern):
+    outcomes = {first + n: errno_(1 + pattern(n)) for n in range(count)}
+    rules = [Rule(str(nr), then=then) for nr, then in outcomes.items()]
+    code = program(*rules, number=lambda arch, name: int(name))
+    for nr in range(first + count + 70):
+        assert Action(interpret(code, nr=nr, arch=X86)) == outcomes.get(nr, NOTIFY)
 
 
 # ------------------------------------------------------------------------------------------------------------ details
@@ -281,6 +304,25 @@ def test_what_a_condition_lets_pass(condition, passes, refused):
     assert [hex(value) for value in refused if answer(code, "read", value) != NOTIFY] == []
 
 
+@pytest.mark.parametrize(
+    ("when", "passes", "refused"),
+    [
+        # A word is loaded once for several conditions, but not after a mask has changed the accumulator.
+        (((Masked(0, 0xF0, 0x50), Equals(0, 0x5F)),), [0x5F], [0x50, 0xF, 0x5E]),
+        (((Masked(0, 0xF0, 0x50),), (Equals(0, 0x15),)), [0x50, 0x15], [0x10, 0x14]),
+        (((OneOf(0, (0, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29)),), (Equals(0, 40), Below(0, 41))), [0, 29, 40], [1, 41]),
+        (((Descriptor(0, 0x55555555), Below(0, 600)),), [511, 512, 576], [544, 640]),
+        (((Descriptor(0, 0x55555555),), (Equals(0, 545),)), [545, 576], [544, 546]),
+        (((Equals(0, 5, full=True),), (Equals(0, 1 << 32, full=True),)), [5, 1 << 32], [5 | 1 << 32, 0]),
+        (((Below(0, 9), Masked(0, 1, 0), Zero(1)), (Equals(0, 3),)), [3, 4, 8], [5, 10]),
+    ],
+)
+def test_conditions_on_one_argument_follow_each_other(when, passes, refused):
+    code = program(Rule("read", when))
+    assert [value for value in passes if answer(code, "read", value) != ALLOW] == []
+    assert [value for value in refused if answer(code, "read", value) != NOTIFY] == []
+
+
 def test_no_case_never_holds_and_an_empty_case_always_does():
     code = program(Rule("read", ()), Rule("write", ((),)), Rule("close", (), otherwise=errno_(3)))
     assert answer(code, "read") == NOTIFY
@@ -330,7 +372,7 @@ def test_mistakes_are_errors(wrong):
 
 
 def test_masks_tell_neighbours_apart_unless_the_kernels_cache_matters():
-    names = sorted(syscalls.numbers(X86), key=syscalls.numbers(X86).__getitem__)[:32]
+    names = sorted(syscalls.numbers(X86), key=syscalls.numbers(X86).__getitem__)[100:132]
     rules = [Rule(name, then=errno_(n % 4)) for n, name in enumerate(names)]
     masks, comparisons = program(*rules), program(*rules, cached=True)
     assert len(masks) < len(comparisons)
@@ -614,6 +656,10 @@ def test_arithmetic_is_the_kernels():
     cases += [[(0x00, 0, 0, a), (op, 0, 0, k % 32 or 1)] for op in operations for a, k in pairs]
     cases += [[(0x00, 0, 0, a), (0x84, 0, 0, 0)] for a, _ in pairs]
     cases += [[(0x00, 0, 0, a), (0x02, 0, 0, 7), (0x00, 0, 0, x), (0x61, 0, 0, 7), (0x1C, 0, 0, 0)] for a, x in pairs]
+    jumps = [0x15, 0x25, 0x35, 0x45]
+    sides = [(7, 7), (7, 8), (8, 7), (0xFFFFFFFF, 0x80000000)]
+    cases += [[(0x00, 0, 0, a), (op, 1, 0, k), (0x00, 0, 0, 99)] for op in jumps for a, k in sides]
+    cases += [[(0x00, 0, 0, a), (0x01, 0, 0, x), (op | 8, 1, 0, 0), (0x00, 0, 0, 99)] for op in jumps for a, x in sides]
     blocks, probes = [], []
     for n, (case, shift) in enumerate((case, shift) for case in cases for shift in (0, 12, 24)):
         block = [*case, (0x74, 0, 0, shift), (0x54, 0, 0, 0xFFF), (0x44, 0, 0, 0x50000), (0x16, 0, 0, 0)]

@@ -31,6 +31,7 @@ cdef extern from *:
     #include <sys/mount.h>
     #include <sys/prctl.h>
     #include <sys/resource.h>
+    #include <sys/socket.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/time.h>
@@ -378,6 +379,31 @@ cdef extern from *:
         return 0;
     }
 
+    /* RLIMIT_AS above what is in use now (proc(5) statm, getrlimit(2)); in C, as it is done in the child. */
+    static int compart_limit_memory(unsigned long long budget)
+    {
+        char text[64];
+        unsigned long long pages = 0;
+        struct rlimit limit, now;
+        ssize_t got;
+        int i, fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return -1;
+        got = read(fd, text, sizeof text);
+        close(fd);
+        if (got <= 0)
+            return -1;
+        for (i = 0; i < got && text[i] >= '0' && text[i] <= '9'; i++)
+            pages = pages * 10 + (unsigned long long)(text[i] - '0');
+        if (getrlimit(RLIMIT_AS, &now) != 0)
+            return -1;
+        limit.rlim_cur = pages * (unsigned long long)sysconf(_SC_PAGESIZE) + budget;
+        if (now.rlim_max != RLIM_INFINITY && limit.rlim_cur > now.rlim_max)
+            limit.rlim_cur = now.rlim_max;
+        limit.rlim_max = limit.rlim_cur;
+        return setrlimit(RLIMIT_AS, &limit);
+    }
+
     static long compart_seccomp(unsigned op, unsigned flags, void *arg)
     {
         return syscall(SYS_seccomp, op, flags, arg);
@@ -464,8 +490,11 @@ cdef extern from *:
     int compart_install_trap()
     int compart_drop_shared()
     int compart_heap_lives()
+    int compart_limit_memory(unsigned long long budget)
+    int c_socketpair "socketpair"(int domain, int kind, int protocol, int *pair)
     long compart_seccomp(unsigned op, unsigned flags, void *arg)
 
+    int AF_UNIX, SOCK_SEQPACKET, SOCK_CLOEXEC
     int SIG_SETMASK
     int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
     int errno
@@ -601,6 +630,18 @@ def drop_shared_mappings():
     return checked(compart_drop_shared())
 
 
+def limit_memory(unsigned long long budget):
+    """setrlimit(2) RLIMIT_AS to `budget` bytes above what is in use now"""
+    checked(compart_limit_memory(budget))
+
+
+def socketpair():
+    """socketpair(2): AF_UNIX, SOCK_SEQPACKET, close-on-exec. Returns two descriptors."""
+    cdef int pair[2]
+    checked(c_socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+    return pair[0], pair[1]
+
+
 def close_range(unsigned int first, unsigned int last):
     """close_range(2)"""
     checked(syscall(SYS_close_range, first, last, 0))
@@ -634,6 +675,30 @@ def setns(int fd, int kind):
 def unshare(int flags):
     """unshare(2)"""
     checked(c_unshare(flags))
+
+
+def run(bytes script, bytes data):
+    """syscall(2), again and again: a prepared list of calls, carried out without touching a Python object.
+
+    `script` is an array of struct { int64 number, must; int64 args[5] }, of which the arguments flagged in the high half
+    of `must` (bit 32 + n) are offsets into `data`. A call that fails ends the list when the low bit of `must` is set.
+    Returns (index, errno) of the call that failed, or None.
+    """
+    cdef const long long *at = <const long long *><const char *>script
+    cdef const char *base = data
+    cdef Py_ssize_t n = len(script) // 56
+    cdef Py_ssize_t i
+    cdef int k
+    cdef long a[5]
+    for i in range(n):
+        for k in range(5):
+            a[k] = <long>at[2 + k]
+            if (at[1] >> (32 + k)) & 1:
+                a[k] += <long>base
+        if syscall(<long>at[0], a[0], a[1], a[2], a[3], a[4]) == -1 and at[1] & 1:
+            return i, errno
+        at += 7
+    return None
 
 
 # ---- files and mounts -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final
 
 from compart.backend.linux import syscalls
@@ -203,8 +204,7 @@ def interpret(program: bytes, *, nr: int, args: Sequence[int] = (0,) * 6, arch: 
     `args` are the six arguments, 64 bits each (negative numbers as two's complement), `ip` the instruction pointer.
     Raises ValueError for a program that verify() refuses.
     """
-    verify(program)
-    instructions = decode(program)
+    instructions = _verified(program)
     long = (1 << 64) - 1
     data = DATA.pack(nr & WORD, arch & WORD, ip & long, *(value & long for value in args))
     a = x = 0
@@ -251,6 +251,13 @@ def interpret(program: bytes, *, nr: int, args: Sequence[int] = (0,) * 6, arch: 
                 at += jt if _jumps(operation, a, operand) else jf
             case _:
                 a = _calculated(operation, a, operand)
+
+
+@lru_cache(maxsize=4)
+def _verified(program: bytes) -> list[tuple[int, int, int, int]]:
+    # Whoever runs a program runs it on many calls.
+    verify(program)
+    return decode(program)
 
 
 def _jumps(code: int, a: int, operand: int) -> bool:

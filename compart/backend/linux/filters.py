@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from compart import rights as r
 from compart.backend.linux import bpf, syscalls
-from compart.backend.linux.bpf import ALLOW, Below, Condition, Descriptor, Equals, Masked, OneOf, Rule, Zero
+from compart.backend.linux.bpf import Below, Condition, Descriptor, Equals, Masked, OneOf, Rule, Zero
 from compart.rights import Rights
 
 BASE = 480
@@ -42,6 +42,7 @@ CHILD_CLEARTID. musl adds CLONE_DETACHED (0x400000), which the kernel ignores.""
 REFUSED = errno.EPERM
 TRAP_EMPTY_PATH = 1
 
+O_CREAT, O_TMPFILE, RWF_NOAPPEND = 0o100, 0o20000000, 0x20
 PROT_EXEC = 4
 MAP_ANONYMOUS = 0x20
 MAP_SHARED_BITS = 0x03
@@ -136,8 +137,12 @@ def own_memory() -> Iterator[Rule]:
 def own_thread(layout: Layout) -> Iterator[Rule]:
     yield from allow("exit exit_group futex futex_waitv futex_wake futex_wait futex_requeue", "the thread runtime")
     yield from allow("set_robust_list rseq set_tid_address sched_yield getcpu restart_syscall", "the thread runtime")
-    yield from allow("get_robust_list sched_getaffinity sched_getparam sched_getscheduler", "asks of itself", Equals(0, 0))
-    yield Rule("clone3", then=bpf.errno_(errno.ENOSYS), because="its flags sit behind a pointer; libc falls back to clone")
+    yield from allow(
+        "get_robust_list sched_getaffinity sched_getparam sched_getscheduler", "asks of itself", Equals(0, 0)
+    )
+    yield Rule(
+        "clone3", then=bpf.errno_(errno.ENOSYS), because="its flags sit behind a pointer; libc falls back to clone"
+    )
     if not (layout.count_threads and layout.listener):
         yield from allow(
             "clone",
@@ -191,19 +196,22 @@ def descriptors(layout: Layout) -> Iterator[Rule]:
     yield from allow("read readv", "CAP_READ", fd(r.CAP_READ))
     yield from allow("write writev", "CAP_WRITE", fd(r.CAP_WRITE))
     yield from allow("pread64 preadv preadv2", "CAP_PREAD", fd(r.CAP_PREAD))
-    yield from allow("pwrite64 pwritev pwritev2", "CAP_PWRITE", fd(r.CAP_PWRITE))
-    yield from allow("lseek", "CAP_SEEK", fd(r.CAP_SEEK))
+    yield from allow("pwrite64 pwritev", "CAP_PWRITE", fd(r.CAP_PWRITE))
+    # RWF_NOAPPEND would write into the middle of a file held for appending.
+    yield from allow("pwritev2", "CAP_PWRITE", fd(r.CAP_PWRITE), Masked(5, RWF_NOAPPEND, 0))
+    tells = (fd(r.CAP_SEEK_TELL), Zero(1), Equals(2, 1))
+    apart = layout.mask(r.CAP_SEEK_TELL) != layout.mask(r.CAP_SEEK)
+    yield from either("lseek", "CAP_SEEK, or CAP_SEEK_TELL to ask", (fd(r.CAP_SEEK),), *((tells,) if apart else ()))
     yield from allow("fstat", "CAP_FSTAT", fd(r.CAP_FSTAT))
     yield from allow("fstatfs", "CAP_FSTATFS", fd(r.CAP_FSTATFS))
     yield from allow("getdents64 getdents", "CAP_READ", fd(r.CAP_READ))
     yield from allow("fsync fdatasync", "CAP_FSYNC", fd(r.CAP_FSYNC))
     yield from allow("ftruncate", "CAP_FTRUNCATE", fd(r.CAP_FTRUNCATE))
-    yield from allow("fallocate", "CAP_WRITE", fd(r.CAP_WRITE))
+    # Other modes than keeping the size punch holes into what is there.
+    yield from allow("fallocate", "CAP_WRITE and CAP_FTRUNCATE", fd(r.CAP_WRITE | r.CAP_FTRUNCATE))
     yield from allow("fadvise64", "a hint", fd(r.CAP_READ))
     yield from allow("sendfile", "CAP_WRITE out, CAP_PREAD in", fd(r.CAP_WRITE, 0), fd(r.CAP_PREAD, 1))
-    yield from allow(
-        "copy_file_range splice", "CAP_PREAD in, CAP_PWRITE out", fd(r.CAP_PREAD, 0), fd(r.CAP_PWRITE, 2)
-    )
+    yield from allow("copy_file_range splice", "CAP_PREAD in, CAP_PWRITE out", fd(r.CAP_PREAD, 0), fd(r.CAP_PWRITE, 2))
 
     # Mapping a file: never executable; private or shared by the rights, which the open mode backs.
     own = Masked(3, MAP_ANONYMOUS, MAP_ANONYMOUS)
@@ -284,11 +292,22 @@ def paths(layout: Layout) -> Iterator[Rule]:
     which records what lies outside; it may answer "continue", because what the call then reaches is bounded all the same.
     """
     writable = "rw" in (layout.by_name, layout.beneath)
+    unasked = bool(layout.by_name) and not layout.listener
     for name in READING_AT + (CHANGING_AT if writable else ()):
-        directory = 1 if name == "symlinkat" else 0
-        held = (Masked(directory, 0x80000000, 0),)
-        ask_nobody: tuple[tuple[Condition, ...], ...] = ((),) if layout.by_name and not layout.listener else (held,)
-        yield Rule(name, when=ask_nobody, because="beneath a directory that it holds")
-    if layout.by_name and not layout.listener:
+        # Own numbers are files and directories beneath a granted one; of the granted ones only directories will do.
+        needed = r.CAP_FUTIMESAT if name in ("utimensat", "futimesat") else r.CAP_LOOKUP
+        arguments = {"symlinkat": (1,), "renameat": (0, 2), "renameat2": (0, 2)}.get(name, (0,))
+        held = () if unasked else tuple(Descriptor(n, layout.mask(needed)) for n in arguments)
+        yield from either(name, "beneath a directory that it holds", *((*held, *plain) for plain in plain_modes(name)))
+    if unasked:
         for name in READING + (CHANGING if writable else ()):
-            yield Rule(name, because="bounded by the root directory")
+            yield from either(name, "bounded by the root directory", *plain_modes(name))
+
+
+def plain_modes(name: str) -> tuple[tuple[Condition, ...], ...]:
+    """What keeps a compartment from making set-user-ID files: they would be the host's user's."""
+    if name in ("open", "openat"):
+        flags = 2 if name == "openat" else 1
+        return (Masked(flags, O_CREAT | O_TMPFILE, 0),), (Masked(flags + 1, 0o7000, 0),)
+    position = {"creat": 1, "mkdir": 1, "mkdirat": 2}.get(name)
+    return ((),) if position is None else ((Masked(position, 0o7000, 0),),)

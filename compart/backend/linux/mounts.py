@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from compart import _fast
@@ -32,26 +32,33 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = (
 )
 MS_REC_PRIVATE = 0x4000 | 0x40000
 MNT_DETACH = 2
+PR_SET_DUMPABLE = 4
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 AT_EMPTY_PATH, AT_RECURSIVE = 0x1000, 0x8000
 MOVE_MOUNT_F_EMPTY_PATH = 4
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
 
-KINDS = (("user", CLONE_NEWUSER), ("mnt", CLONE_NEWNS), ("net", CLONE_NEWNET), ("ipc", CLONE_NEWIPC), ("uts", CLONE_NEWUTS))
+KINDS = (
+    ("user", CLONE_NEWUSER),
+    ("mnt", CLONE_NEWNS),
+    ("net", CLONE_NEWNET),
+    ("ipc", CLONE_NEWIPC),
+    ("uts", CLONE_NEWUTS),
+)
 
 
 @dataclass(slots=True)
 class Namespaces:
-    """Namespaces made once: (kind flag, descriptor) in the order to join them. Owned by this object."""
+    """Namespaces made once: (kind flag, descriptor) in the order to join them. `owned` are closed with this object."""
 
     joins: tuple[tuple[int, int], ...]
-    pid: int = field(default_factory=os.getpid)
+    owned: tuple[int, ...]
 
     def close(self) -> None:
-        for _, descriptor in self.joins:
+        for descriptor in self.owned:
             os.close(descriptor)
-        self.joins = ()
+        self.joins = self.owned = ()
 
 
 _lock = threading.Lock()
@@ -71,17 +78,30 @@ def namespaces(grants: tuple[Grant, ...] = ()) -> Namespaces:
         if "" in _refused:
             raise _unsupported(_refused[""])
         try:
-            descriptors = _build(lambda: _make_world(grants))
+            base = _made.get(()) or _keep((), _build(lambda: _make_world((), _kinds())))
+            if not grants:
+                return base
+            # Only the root differs: everything else is shared with the namespaces that hold nothing.
+            (world,) = _build(lambda: _make_world(grants, ["mnt"]), base)
         except BuilderError as error:
             if error.step in ("unshare", "fork"):
                 _refused[""] = error.text
             raise _unsupported(error.text) from None
-        kinds = [flag for name, flag in KINDS if name != "user" or not _privileged()]
-        made = Namespaces(tuple(zip(kinds, descriptors, strict=True)))
-        while len(_made) >= MOST_KEPT:
-            _made.pop(next(iter(_made))).close()
-        _made[grants] = made
-        return made
+        joins = tuple((kind, world if kind == CLONE_NEWNS else descriptor) for kind, descriptor in base.joins)
+        while len(_made) > MOST_KEPT:
+            _made.pop(next(key for key in _made if key)).close()
+        _made[grants] = Namespaces(joins, owned=(world,))
+        return _made[grants]
+
+
+def _kinds() -> list[str]:
+    return [name for name, _ in KINDS if name != "user" or not _privileged()]
+
+
+def _keep(grants: tuple[Grant, ...], descriptors: list[int]) -> Namespaces:
+    flags = [dict(KINDS)[name] for name in _kinds()]
+    _made[grants] = Namespaces(tuple(zip(flags, descriptors, strict=True)), owned=tuple(descriptors))
+    return _made[grants]
 
 
 def detached(descriptor: int, writable: bool) -> int:
@@ -146,13 +166,13 @@ class BuilderError(Exception):
         super().__init__(text)
 
 
-def _build(work: Callable[[], Sequence[int]]) -> list[int]:
+def _build(work: Callable[[], Sequence[int]], base: Namespaces | None = None) -> list[int]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         privileged = _privileged()
         pid, pidfd = _sys.fork(probe_heap=True)
         if pid == 0:
-            _builder(theirs, work, privileged)
+            _builder(theirs, work, privileged, base)
         theirs.close()
         try:
             said, descriptors = _fast.recv_fds(ours.fileno(), 4096, 16)
@@ -167,14 +187,22 @@ def _build(work: Callable[[], Sequence[int]]) -> list[int]:
     return descriptors
 
 
-def _builder(answer: socket.socket, work: Callable[[], Sequence[int]], privileged: bool) -> None:
+def _builder(
+    answer: socket.socket, work: Callable[[], Sequence[int]], privileged: bool, base: Namespaces | None
+) -> None:
+    step = "start"
     try:
         _sys.default_signals()
+        # A host that gave up root is not dumpable, and its /proc entries belong to root.
+        _sys.prctl(PR_SET_DUMPABLE, 1)
         step = "unshare"
         uid, gid = os.geteuid(), os.getegid()
-        flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
-        _sys.unshare(flags if privileged else flags | CLONE_NEWUSER)
-        if not privileged:
+        user = None if base is None else dict(base.joins).get(CLONE_NEWUSER)
+        if user is not None:
+            _sys.setns(user, CLONE_NEWUSER)
+        flags = CLONE_NEWNS if base is not None else CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+        _sys.unshare(flags if privileged or user is not None else flags | CLONE_NEWUSER)
+        if not privileged and user is None:
             step = "uid_map"
             _write("/proc/self/setgroups", "deny")
             _write("/proc/self/uid_map", f"{uid} {uid} 1")
@@ -189,9 +217,8 @@ def _builder(answer: socket.socket, work: Callable[[], Sequence[int]], privilege
         os._exit(0)
 
 
-def _make_world(grants: Sequence[Grant]) -> list[int]:
-    """Build an empty root with the granted paths in it, step in, and return the namespaces' descriptors."""
-    kinds = [name for name, _ in KINDS if name != "user" or not _privileged()]
+def _make_world(grants: Sequence[Grant], kinds: Sequence[str]) -> list[int]:
+    """Build an empty root with the granted paths in it, step in, and return descriptors of the namespaces `kinds`."""
     trees = [_grant_tree(grant) for grant in grants]
     made = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in kinds]
     context = _sys.fsopen(b"tmpfs")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from compart.backend.linux import _sys, filters, syscalls
+from compart.backend.linux.bpf import Masked
 from compart.policy import Policy
 from compart.rights import Rights
 from compart.violation import Frame, Violation
@@ -37,7 +38,14 @@ MOST_TRACE = 1 << 20
 WAIT_KILLABLE_RECV = 1 << 5
 
 O_ACCMODE = 3
-O_NAMES = ((1, "O_WRONLY"), (2, "O_RDWR"), (0o100, "O_CREAT"), (0o1000, "O_TRUNC"), (0o2000, "O_APPEND"), (0o200000, "O_DIRECTORY"))
+O_NAMES = (
+    (1, "O_WRONLY"),
+    (2, "O_RDWR"),
+    (0o100, "O_CREAT"),
+    (0o1000, "O_TRUNC"),
+    (0o2000, "O_APPEND"),
+    (0o200000, "O_DIRECTORY"),
+)
 AT_FDCWD = -100
 SELF_DIRECTED = ("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 SELF_ASKED = ("sched_getaffinity", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "get_robust_list")
@@ -61,6 +69,14 @@ PATH_CALLS = {
     "mq_open": (None, 0, None), "mq_unlink": (None, 0, None), "memfd_create": (None, 0, None), "swapon": (None, 0, None),
     "acct": (None, 0, None), "uselib": (None, 0, None),
 }  # fmt: skip
+
+QUIET = (
+    "/sys/devices/system/cpu/online",
+    "/sys/devices/system/cpu/possible",
+    "/proc/stat",
+    "/proc/sys/vm/overcommit_memory",
+)
+"""Refused like any other, but not told: the C library and malloc ask these and do right without an answer."""
 
 BOUNDED_BY_ROOT = filters.READING + filters.READING_AT + filters.CHANGING + filters.CHANGING_AT + ("statx", "statfs")
 
@@ -104,7 +120,6 @@ class Supervisor:
     answered: int = 0
     unrecorded: int = 0
     drafts: list[_Draft] = field(default_factory=list)
-    trace: bytearray = field(default_factory=bytearray)
     kill_wanted: bool = False
     threads_refused: int = 0
 
@@ -126,6 +141,9 @@ class Supervisor:
             return
         if arch == self.arch and (source := self._copied(call, args)) is not None:
             self._install_copy(ident, source, cloexec=call == "dup" or args[1] & 0xFFFFFFFF == filters.F_DUPFD_CLOEXEC)
+            return
+        if arch == self.arch and call in ("open", "openat") and self._is_quiet(call, thread, args):
+            _sys.seccomp_notify_send(self.listener, ident, 0, filters.REFUSED, 0)
             return
         recorded = self._record(call, number, thread, args)
         if self.policy.on_violation == "kill":
@@ -151,7 +169,7 @@ class Supervisor:
         if call == "clone" and self.policy.threads is not None:
             return self._may_make_thread(args)
         if self.paths and call in BOUNDED_BY_ROOT:
-            return self._is_granted(call, thread, args)
+            return plain_mode(call, args) and self._is_granted(call, thread, args)
         return False
 
     def _is_self(self, call: str, target: int) -> bool:
@@ -230,6 +248,9 @@ class Supervisor:
         finally:
             resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (self.policy.open_files, hard))
 
+    def _is_quiet(self, call: str, thread: int, args: tuple[int, ...]) -> bool:
+        return self._text(thread, args[PATH_CALLS[call][1]]) in QUIET
+
     # ---- what it was, for people ---------------------------------------------------------------------------------------
 
     def _record(self, call: str, number: int, thread: int, args: tuple[int, ...]) -> bool:
@@ -293,9 +314,9 @@ class Supervisor:
 
     # ---- stacks and hints from the trace pipe -----------------------------------------------------------------------------
 
-    def violations(self) -> tuple[Violation, ...]:
+    def violations(self, trace: bytearray) -> tuple[Violation, ...]:
         """What was refused so far, with the stacks that came by the trace pipe."""
-        self._read_trace()
+        self._read_trace(trace)
         return tuple(
             Violation(
                 call=draft.call,
@@ -309,15 +330,15 @@ class Supervisor:
             for draft in self.drafts
         )
 
-    def _read_trace(self) -> None:
+    def _read_trace(self, trace: bytearray) -> None:
         waiting = iter([draft for draft in self.drafts if draft.asked_stack])
         module = ""
         frames: list[Frame] = []
         draft: _Draft | None = None
-        for line in self.trace.decode(errors="replace").splitlines():
+        for line in trace.decode(errors="replace").splitlines():
             if line.startswith("import "):
                 module = line[7:200]
-            elif line.startswith("Stack (") or line.startswith("Current thread") or line.startswith("Thread 0x"):
+            elif line.startswith(("Stack (", "Current thread", "Thread 0x")):
                 draft, frames = next(waiting, None), []
                 if draft is not None:
                     draft.stack = ()
@@ -341,13 +362,16 @@ def suggest(call: str, arguments: dict[str, object], module: str = "") -> str:
             return ""
         if "O_DIRECTORY" in flags:
             return f"grant.directory({path!r}, 'r')"
-        mode = "rw" if call != "open" and call != "openat" or "O_WRONLY" in flags or "O_RDWR" in flags else "r"
+        mode = "rw" if (call != "open" and call != "openat") or "O_WRONLY" in flags or "O_RDWR" in flags else "r"
         if "O_CREAT" in flags:
             return f"grant.directory({os.path.dirname(path)!r}, 'rw')"
         return f"grant.file({path!r}, {mode!r}), or open it outside and pass it as an argument"
     if call in ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"):
         path = arguments.get("path")
-        return f"grant.directory({os.path.dirname(path) or '/'!r}, 'r')" if isinstance(path, str) and path[:1] == "/" else ""
+        if not isinstance(path, str) or path[:1] != "/" or path == "/":
+            return ""
+        parent = os.path.dirname(path)
+        return f"grant.directory({path if parent == '/' else parent!r}, 'r')"
     if call in ("socket", "connect", "bind"):
         return "connect outside and pass the socket as an argument"
     if call == "memfd_create":
@@ -368,6 +392,15 @@ NEEDS = {
 def _int(value: int) -> int:
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value & 0x80000000 else value
+
+
+def plain_mode(call: str, args: tuple[int, ...]) -> bool:
+    """Whether a call that may make a file asks for no set-user-ID bits; the table's conditions, on registers."""
+
+    def holds(condition: Masked) -> bool:
+        return args[condition.arg] & condition.mask == condition.value
+
+    return any(all(holds(c) for c in every if isinstance(c, Masked)) for every in filters.plain_modes(call))
 
 
 def _open_flags(value: int) -> str:
@@ -448,7 +481,7 @@ def _clone(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, objec
     known = ((0x100, "CLONE_VM"), (0x4000, "CLONE_VFORK"), (0x10000, "CLONE_THREAD"), (0x20000, "CLONE_NEWNS"),
              (0x10000000, "CLONE_NEWUSER"), (0x20000000, "CLONE_NEWPID"), (0x40000000, "CLONE_NEWNET"))  # fmt: skip
     names = [name for bit, name in known if args[0] & bit]
-    return {"flags": "|".join(names) or "(a new process)"}
+    return {"what": "(a new thread)" if args[0] & 0x10000 else "(a new process)", "flags": "|".join(names)}
 
 
 def _nothing(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import resource
+import stat
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,18 @@ from functools import lru_cache
 from compart import _fast
 from compart.backend import Channel, Enforcement, Wall
 from compart.backend.linux import _sys, filters, landlock, mounts, notify, syscalls
-from compart.backend.linux.filters import BASE, CONTROL, FIRST_GRANT, LIFELINE, MOST_RANGES, RESULT, TRACE, WIDTH, Layout
+from compart.backend.linux.filters import (
+    BASE,
+    CONTROL,
+    FIRST_GRANT,
+    LIFELINE,
+    MOST_RANGES,
+    RESULT,
+    TRACE,
+    WIDTH,
+    Layout,
+)
+from compart.backend.linux.script import Script
 from compart.capability import Handed
 from compart.errors import PolicyError, UnsupportedError
 from compart.policy import Grant, Policy
@@ -31,7 +43,11 @@ from compart.rights import Rights
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 SIGKILL = 9
 F_SETOWN, F_SETSIG, F_SETFL, O_ASYNC = 8, 10, 4, 0o20000
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
 MOST_SIGNALS = 256
+MOST_PLANS = 256
+LAST = 0x7FFFFFFF
 RESOLVE = 0x08 | 0x02  # RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS (openat2(2))
 ARCHES = {"x86_64": syscalls.AUDIT_ARCH_X86_64, "aarch64": syscalls.AUDIT_ARCH_AARCH64}
 
@@ -60,11 +76,23 @@ class Plan:
     cwd: str
     host: int
     null: int
+    script: Script = field(default_factory=lambda: Script(0))
+    packed: tuple[bytes, bytes] = (b"", b"")
+    written: tuple[object, ...] = ()
     owned: list[int] = field(default_factory=list)
 
     @property
     def paths(self) -> tuple[tuple[str, str], ...]:
         return tuple((grant.path, grant.mode) for grant in self.policy.grants if grant.path)
+
+    def write(self, channel: Channel) -> None:
+        """Write the child's script, once the channel's descriptors are known."""
+        key = (channel, tuple(self.moves))
+        # The same numbers come again in most calls, and so does the script.
+        if key != self.written:
+            self.script = write_script(self, channel)
+            self.packed = self.script.pack()
+            self.written = key
 
     def close(self) -> None:
         """Close what was made for this compartment alone."""
@@ -84,14 +112,30 @@ class Linux:
     def detached(self, descriptor: int, writable: bool) -> int:
         return mounts.detached(descriptor, writable)
 
+    def __init__(self) -> None:
+        self._plans: dict[Policy, Plan] = {}
+
     def plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
         """Decide everything before the fork. UnsupportedError for a wall that cannot be put up."""
+        if handed:
+            return self._plan(policy, handed)
+        kept = self._plans.get(policy)
+        if kept is None or kept.host != os.getpid():
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            kept = self._plans[policy] = self._plan(policy, handed)
+        kept.null = _null()
+        return kept
+
+    def _plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
         arch = ARCHES.get(platform.machine())
         if arch is None:
             raise UnsupportedError("seccomp", f"compart has no table of system calls for {platform.machine()}")
         if policy.processes:
             raise UnsupportedError(
-                "processes", f"processes={policy.processes}: compart cannot bound processes inside yet", "use processes=0"
+                "processes",
+                f"processes={policy.processes}: compart cannot bound processes inside yet",
+                "use processes=0",
             )
         _require_seccomp(policy)
         listener = _has_listener()
@@ -147,14 +191,14 @@ class Linux:
         except UnsupportedError as error:
             spaces = Wall("namespaces", False, error.reason)
         return Enforcement((
-            Wall("rlimits", True, _limits_text(policy)),
-            Wall("no_new_privs", True, "no set-user-ID, no file capabilities"),
-            Wall("capabilities", True, "none held, none to be had"),
-            Wall("descriptors", True, "only what was handed over is open; rights by number range"),
             Wall("shared_memory", True, "inherited shared mappings that could be written are replaced"),
             spaces,
+            Wall("no_new_privs", True, "no set-user-ID, no file capabilities"),
             Wall("landlock", bool(abi), f"ABI {abi}" if abi else "the kernel has no Landlock"),
-            Wall("seccomp", True, "default deny; x32 and i386 refused"),
+            Wall("descriptors", True, "only what was handed over is open; rights by number range"),
+            Wall("rlimits", True, _limits_text(policy)),
+            Wall("capabilities", True, "none held, none to be had"),
+            Wall("seccomp", _sys.seccomp_flags_known(0), "default deny; x32 and i386 refused"),
             Wall("listener", listener, "refused calls are recorded" if listener else _listener_reason()),
         ))  # fmt: skip
 
@@ -165,26 +209,18 @@ class Linux:
         wall = "start"
         try:
             _sys.default_signals()
-            baseline = _address_space() if plan.policy.memory_bytes is not None else 0
             _die_with_host(plan, channel)
             wall = "shared_memory"
             _sys.drop_shared_mappings()
-            wall = "namespaces"
-            for kind, descriptor in plan.joins:
-                _sys.setns(descriptor, kind)
-            _start_directory(plan)
-            wall = "no_new_privs"
-            _sys.prctl(PR_SET_NO_NEW_PRIVS, 1)
-            wall = "landlock"
-            if plan.ruleset >= 0:
-                _sys.landlock_restrict_self(plan.ruleset)
-            wall = "descriptors"
-            _keep_only(plan, channel)
             wall = "rlimits"
-            _limit(plan.policy, baseline)
-            wall = "capabilities"
-            _sys.drop_capabilities()
-            _sys.prctl(PR_SET_DUMPABLE, 1)  # the host reads the arguments of refused calls
+            if plan.policy.memory_bytes is not None:
+                _sys.limit_memory(plan.policy.memory_bytes)
+            wall = "script"
+            failed = _sys.run(*plan.packed)
+            if failed is not None:
+                index, number = failed
+                wall, name, _ = plan.script.calls[index]
+                raise OSError(number, f"{name}: {os.strerror(number)}")
             _replace_environment(plan.policy)
             wall = "prepare"
             faulthandler.enable(file=2, all_threads=True)
@@ -198,7 +234,103 @@ class Linux:
                 _fast.send_fds(CONTROL, b"L", [listener])
                 os.close(listener)
         except BaseException as error:
-            raise WallError(wall, f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else repr(error)) from error
+            reason = f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else repr(error)
+            raise WallError(wall, reason) from error
+
+
+# ---- the script of a compartment: everything that can be decided before the fork -----------------------------------------
+
+
+def write_script(plan: Plan, channel: Channel) -> Script:
+    """The child's system calls from the namespaces to the capabilities. Runs in the host; pure but for its limits."""
+    script = Script(plan.arch)
+    for kind, descriptor in plan.joins:
+        script.add("namespaces", "setns", descriptor, kind)
+    # Names that are relative outside mean the same inside when the working directory was granted; else the root.
+    script.add("namespaces", "chdir", b"/\0")
+    if plan.cwd != "/" and plan.joins:
+        script.add("namespaces", "chdir", os.fsencode(plan.cwd) + b"\0", must=False)
+    script.add("no_new_privs", "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if plan.ruleset >= 0:
+        # Landlock before seccomp: the filter refuses landlock_restrict_self.
+        script.add("landlock", "landlock_restrict_self", plan.ruleset, 0)
+    _keep_only(script, plan, channel)
+    _limit(script, plan.policy)
+    script.add("capabilities", "prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, must=False)
+    script.add("capabilities", "capset", struct.pack("=II", LINUX_CAPABILITY_VERSION_3, 0), bytes(24))
+    # The host reads the arguments of refused calls.
+    script.add("capabilities", "prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+    return script
+
+
+def _keep_only(script: Script, plan: Plan, channel: Channel) -> None:
+    """Move every descriptor to its number, and close all others."""
+    moves = [
+        (plan.null, 0),
+        (channel.stdout, 1),
+        (channel.stderr, 2),
+        (channel.result, RESULT),
+        (channel.control, CONTROL),
+        (channel.trace, TRACE),
+        *([(channel.lifeline, LIFELINE)] if channel.lifeline >= 0 else []),
+        *plan.moves,
+    ]
+
+    def close(first: int, last: int) -> None:
+        if first <= last:
+            script.add("descriptors", "close_range", first, last, 0)
+
+    # What is not needed goes first; that frees low numbers for what stands where something will arrive.
+    sources = sorted({source for source, _ in moves})
+    first = 0
+    for source in sources:
+        close(first, source - 1)
+        first = source + 1
+    close(first, LAST)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = max(number for _, number in moves)
+    if hard != resource.RLIM_INFINITY and hard <= top:
+        raise UnsupportedError(
+            "descriptors",
+            f"the hard limit on open files is {hard} and {top + 1} are needed",
+            "raise it with `ulimit -Hn`",
+        )
+    if soft != resource.RLIM_INFINITY and soft <= top:
+        script.add("descriptors", "prlimit64", 0, resource.RLIMIT_NOFILE, struct.pack("=qq", hard, hard), 0)
+    staged = {source: source for source in sources}
+    free = iter(number for number in range(3, BASE) if number not in staged)
+    for source in sources:
+        if source < 3 or source >= BASE:
+            staged[source] = next(free)
+            script.add("descriptors", "dup3", source, staged[source], os.O_CLOEXEC)
+    for source, number in moves:
+        script.add("descriptors", "dup3", staged[source], number, 0)
+    close(3, BASE - 1)
+    first = BASE
+    for number in sorted(number for _, number in moves if number >= BASE):
+        close(first, number - 1)
+        first = number + 1
+    close(first, LAST)
+
+
+def _limit(script: Script, policy: Policy) -> None:
+    def put(which: int, soft: int, hard: int | None = None) -> None:
+        _, most = resource.getrlimit(which)
+        hard = soft if hard is None else hard
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        script.add("rlimits", "prlimit64", 0, which, struct.pack("=qq", soft, hard), 0)
+
+    if policy.cpu is not None:
+        # The host ends it to the millisecond; whole seconds of the kernel stand behind.
+        put(resource.RLIMIT_CPU, math.ceil(policy.cpu) + 1, math.ceil(policy.cpu) + 2)
+    # The hard limit stays: the host lifts the soft one for a moment when it installs a copy of a granted descriptor.
+    # No call that changes a limit passes the filter.
+    put(resource.RLIMIT_NOFILE, policy.open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    put(resource.RLIMIT_CORE, 0)
+    put(resource.RLIMIT_MEMLOCK, 0)
+    put(resource.RLIMIT_SIGPENDING, MOST_SIGNALS)
+    put(resource.RLIMIT_MSGQUEUE, 0)
 
 
 # ---- what this machine can do, tried once -----------------------------------------------------------------------------
@@ -207,7 +339,9 @@ class Linux:
 def _require_seccomp(policy: Policy) -> None:
     if not _sys.seccomp_flags_known(0) and "seccomp" not in policy.waive:
         raise UnsupportedError(
-            "seccomp", "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)", "there is no compartment without them"
+            "seccomp",
+            "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)",
+            "there is no compartment without them",
         )
 
 
@@ -248,22 +382,29 @@ def _try_listener() -> str:
         os.close(said_r)
         if said_w >= 0:
             os.close(said_w)
-    return "" if said == "ok" else f"seccomp refuses a listener ({said}); a filter around this process may have one already"
+    return (
+        ""
+        if said == "ok"
+        else f"seccomp refuses a listener ({said}); a filter around this process may have one already"
+    )
 
 
-_null_number = -1
+_nothing = (-1, 0)
 
 
 def _null() -> int:
-    """The host's /dev/null, for descriptor 0 inside: in an empty root there is none to open."""
-    global _null_number
+    """A pipe that nobody writes to, for descriptor 0 inside: it is at its end, and no device of the host's."""
+    global _nothing
+    number, inode = _nothing
     try:
         # A host that became a daemon may have closed it, and the number may be anything by now.
-        if os.fstat(_null_number).st_rdev != os.makedev(1, 3):
+        if os.fstat(number).st_ino != inode or not stat.S_ISFIFO(os.fstat(number).st_mode):
             raise OSError
     except OSError:
-        _null_number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-    return _null_number
+        number, writer = os.pipe()
+        os.close(writer)
+        _nothing = number, os.fstat(number).st_ino
+    return number
 
 
 def _has_listener() -> bool:
@@ -320,7 +461,12 @@ def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Hande
             )
         return -1, []
     if directories:
-        made = landlock.ruleset(_named(by_name) + [(d.descriptor, landlock.ACCESS["directory", d.mode]) for d in directories])
+        rules = _named(by_name)
+        try:
+            made = landlock.ruleset(rules + [(d.descriptor, landlock.ACCESS["directory", d.mode]) for d in directories])
+        finally:
+            for descriptor, _ in rules:
+                os.close(descriptor)
         return made, [made]
     if by_name not in _rulesets:
         if len(_rulesets) > 64:
@@ -335,9 +481,14 @@ def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Hande
 
 
 def _named(by_name: tuple[Grant, ...]) -> list[tuple[int, int]]:
-    rules = []
+    rules: list[tuple[int, int]] = []
     for grant in by_name:
-        descriptor = os.open(grant.path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(grant.path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            for opened, _ in rules:
+                os.close(opened)
+            raise PolicyError(f"{grant}: {error.strerror}; name something that exists") from None
         rules.append((descriptor, landlock.ACCESS[grant.kind, grant.mode]))
     return rules
 
@@ -366,88 +517,9 @@ def _die_with_host(plan: Plan, channel: Channel) -> None:
         os._exit(0)
 
 
-def _start_directory(plan: Plan) -> None:
-    """Names that are relative outside mean the same inside when the working directory was granted; else the root."""
-    os.chdir("/")
-    if plan.cwd != "/" and plan.joins:
-        with contextlib.suppress(OSError):
-            os.chdir(plan.cwd)
-
-
-def _keep_only(plan: Plan, channel: Channel) -> None:
-    """Move every descriptor to its number, and close all others."""
-    moves = [
-        (plan.null, 0),
-        (channel.stdout, 1),
-        (channel.stderr, 2),
-        (channel.result, RESULT),
-        (channel.control, CONTROL),
-        (channel.trace, TRACE),
-        *([(channel.lifeline, LIFELINE)] if channel.lifeline >= 0 else []),
-        *plan.moves,
-    ]
-    # Everything that is not needed goes first; that frees low numbers for what stands where something will arrive.
-    sources = sorted({source for source, _ in moves})
-    first = 0
-    for source in sources:
-        if source > first:
-            _sys.close_range(first, source - 1)
-        first = source + 1
-    _sys.close_range(first, 0xFFFFFFFF)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    top = max(number for _, number in moves)
-    if soft != resource.RLIM_INFINITY and soft <= top:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    staged = {
-        source: fcntl.fcntl(source, fcntl.F_DUPFD, 3) if source < 3 or source >= BASE else source for source in sources
-    }
-    arrived = set()
-    for source, number in moves:
-        os.dup2(staged[source], number, inheritable=True)
-        arrived.add(number)
-    _sys.close_range(3, BASE - 1)
-    first = BASE
-    for number in sorted(n for n in arrived if n >= BASE):
-        if number > first:
-            _sys.close_range(first, number - 1)
-        first = number + 1
-    _sys.close_range(first, 0xFFFFFFFF)
-
-
-def _address_space() -> int:
-    """Bytes of address space in use (proc(5), statm)."""
-    with open("/proc/self/statm", "rb", buffering=0) as statm:
-        return int(statm.read(64).split()[0]) * resource.getpagesize()
-
-
-def _limit(policy: Policy, baseline: int) -> None:
-    def put(which: int, soft: int, hard: int | None = None) -> None:
-        _, most = resource.getrlimit(which)
-        hard = soft if hard is None else hard
-        if most != resource.RLIM_INFINITY:
-            soft, hard = min(soft, most), min(hard, most)
-        resource.setrlimit(which, (soft, hard))
-
-    if policy.memory_bytes is not None:
-        put(resource.RLIMIT_AS, baseline + policy.memory_bytes)
-    if policy.cpu is not None:
-        # The host ends it to the millisecond; whole seconds of the kernel stand behind.
-        put(resource.RLIMIT_CPU, math.ceil(policy.cpu) + 1, math.ceil(policy.cpu) + 2)
-    # The hard limit stays: the host lifts the soft one for a moment when it installs a copy of a granted descriptor.
-    # No call that changes a limit passes the filter.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (policy.open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    put(resource.RLIMIT_CORE, 0)
-    put(resource.RLIMIT_MEMLOCK, 0)
-    put(resource.RLIMIT_SIGPENDING, MOST_SIGNALS)
-    put(resource.RLIMIT_MSGQUEUE, 0)
-    put(resource.RLIMIT_NICE, 0)
-    put(resource.RLIMIT_RTPRIO, 0)
-
-
 def _replace_environment(policy: Policy) -> None:
-    # os.environ is emptied in place, as modules hold it; the C library's copy goes at once, not name by name.
-    os.environ._data.clear()  # type: ignore[attr-defined]
+    # os.environ itself stays, as modules hold it; the C library's copy goes at once, not name by name.
+    os.environ._data = {}  # type: ignore[attr-defined]
     _sys.clear_environ()
     for name, value in policy.env.items():
         os.environ[name] = value
-

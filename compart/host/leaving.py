@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def leaving(function: Callable[..., Any]) -> tuple[tuple[type, ...], Callable[[Any], object] | None]:
+def leaving_types(function: Callable[..., Any]) -> tuple[tuple[type, ...], Callable[[Any], object] | None]:
     """The types, in a fixed order, and what makes an array of a buffer (None unless the annotation names ndarray)."""
     found: dict[type, None] = {}
     arrays: list[type] = []
