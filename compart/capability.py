@@ -56,6 +56,9 @@ class _Nothing:
 system: System = _Nothing()
 
 
+MOST_REPOINTED = 256
+"""Files whose number is below this are rebuilt as the inherited object; all of compart's own numbers are above."""
+
 _READING = r.CAP_READ
 _WRITING = r.CAP_WRITE | r.CAP_FTRUNCATE | r.CAP_FSYNC
 
@@ -70,7 +73,7 @@ class Handed:
     original: object
     mode: str = "r"
     position: int | None = None
-    cookie: int | None = None
+    repoint: bool = False
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -379,7 +382,6 @@ def _acquire_file(file: Any, rights: Rights | None) -> Handed | None:
         raise PolicyError(f"{file!r} is no plain file; hand over the file that it reads from")
     if file.writable():
         file.flush()
-    text = isinstance(file, io.TextIOWrapper)
     mode = _access(number)
     held = _held(number, mode)
     # An object that only reads is handed over for reading, whatever its descriptor could do.
@@ -387,16 +389,26 @@ def _acquire_file(file: Any, rights: Rights | None) -> Handed | None:
     held = held if file.readable() else held - _READING
     rights = _narrow(held, rights, file)
     wanted = _mode_of(rights, mode)
-    regular = stat.S_ISREG(os.fstat(number).st_mode)
-    cookie = file.tell() if text and regular and file.seekable() else None
+    # Buffers and decoders go along by copy; the new description stands where the old one does.
+    repoint = wanted == mode and 3 <= number < MOST_REPOINTED and _raw_of(file) is not None
     position = None
-    if regular and not text and file.seekable():
-        position = file.tell()
+    if not repoint and stat.S_ISREG(os.fstat(number).st_mode) and file.seekable():
+        position = _position(file)
         if wanted != "r" and position != os.lseek(number, 0, os.SEEK_CUR):
             os.lseek(number, position, os.SEEK_SET)
     handed = _acquire_number(number, rights, file, position=position if wanted == "r" else None)
-    handed.kind, handed.cookie = "text" if text else "file", cookie
+    handed.repoint = repoint
     return handed
+
+
+def _position(file: Any) -> int:
+    """Where the next read of the host would be, in bytes."""
+    if not isinstance(file, io.TextIOWrapper):
+        return int(file.tell())
+    position = int(file.tell())
+    if position >> 64:
+        raise PolicyError(f"{file!r} stands inside a character; read up to a line's end, or hand over the binary file")
+    return position
 
 
 def _acquire_number(number: int, rights: Rights | None, original: object, position: int | None = None) -> Handed:
@@ -507,6 +519,8 @@ def rebuild(handed: Handed, number: int) -> object:
 
 
 def _rebuild_file(original: Any, handed: Handed, number: int) -> object:
+    if handed.repoint:
+        return _repoint(original, handed, number)
     text = original if isinstance(original, io.TextIOWrapper) else None
     raw = io.FileIO(number, RAW[handed.mode], closefd=True)
     name = getattr(original, "name", None)
@@ -523,10 +537,23 @@ def _rebuild_file(original: Any, handed: Handed, number: int) -> object:
         made = io.BufferedRandom(raw) if raw.seekable() else io.BufferedReader(raw)
     if text is None:
         return made
-    wrapped = io.TextIOWrapper(
-        made, encoding=text.encoding, errors=text.errors, line_buffering=text.line_buffering,
-        write_through=text.write_through,
-    )  # fmt: skip
-    if handed.cookie is not None:
-        wrapped.seek(handed.cookie)
-    return wrapped
+    return io.TextIOWrapper(made, text.encoding, text.errors, None, text.line_buffering, text.write_through)
+
+
+def _repoint(original: Any, handed: Handed, number: int) -> object:
+    """The inherited object itself on its new number: its class, buffer, newline translation and decoder stay as they were."""
+    raw = _raw_of(original)
+    assert raw is not None
+    name = getattr(raw, "name", None)
+    # __init__ closes the old number, which is not open here any more.
+    os.dup2(0, raw.fileno())
+    raw.__init__(number, RAW[handed.mode], closefd=True)  # type: ignore[misc]
+    if isinstance(name, (str, bytes)):
+        raw.name = name
+    return original
+
+
+def _raw_of(file: Any) -> io.FileIO | None:
+    buffered = file.buffer if type(file) is io.TextIOWrapper else file
+    raw = buffered if type(buffered) is io.FileIO else getattr(buffered, "raw", None)
+    return raw if type(raw) is io.FileIO and raw.closefd else None

@@ -256,8 +256,8 @@ _MODES: Final = {
     "rw": _FILE | CAP_READ | CAP_WRITE | CAP_SEEK | CAP_MMAP_RW | CAP_FSYNC | CAP_FTRUNCATE,
     # Writing without CAP_SEEK is appending: pwrite() needs both.
     "a": _FILE | CAP_WRITE | CAP_SEEK_TELL | CAP_FSYNC,
-    # Reading anywhere, writing at the end: no shared writable mapping, no truncation.
-    "ra": _FILE | CAP_READ | CAP_WRITE | CAP_SEEK | CAP_MMAP_R | CAP_FSYNC,
+    # Reading anywhere, writing at the end: no truncation, and no mapping, as CAP_MMAP with READ and WRITE is CAP_MMAP_RW.
+    "ra": _FILE | CAP_READ | CAP_WRITE | CAP_SEEK | CAP_FSYNC,
 }
 _CHANGES: Final = (
     CAP_CREATE | CAP_MKDIRAT | CAP_UNLINKAT | CAP_RENAMEAT_SOURCE | CAP_RENAMEAT_TARGET | CAP_SYMLINKAT | CAP_FUTIMESAT

@@ -86,12 +86,25 @@ class Backend(System, Protocol):
         """Host: which walls a compartment of this policy gets here."""
         ...
 
-    def enter(self, plan: Any, channel: Channel, prepare: Callable[[list[int]], None]) -> None:
+    def enter(self, plan: Any, channel: Channel, script: Any, prepare: Callable[[list[int]], None]) -> None:
         """Child: put up every wall of the plan. There is no way back.
 
         `prepare` is called with the numbers that the handed descriptors got, when all walls are up but the last.
         """
         ...
+
+
+class _Selected:
+    """What a Directory asks of the system goes to the backend, found at the first question."""
+
+    def open_beneath(self, directory: int, name: bytes, flags: int, mode: int) -> int:
+        return select().open_beneath(directory, name, flags, mode)
+
+    def detached(self, descriptor: int, writable: bool) -> int:
+        return select().detached(descriptor, writable)
+
+
+capability.system = _Selected()
 
 
 @lru_cache(maxsize=1)
@@ -100,7 +113,5 @@ def select() -> Backend:
     if sys.platform == "linux":
         from compart.backend.linux.walls import Linux
 
-        backend: Backend = Linux()
-        capability.system = backend
-        return backend
+        return Linux()
     raise UnsupportedError("backend", f"compart has no walls for {sys.platform}", "run it on Linux")

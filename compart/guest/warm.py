@@ -31,7 +31,7 @@ MODULES = (
     "email.message", "email.parser", "csv", "sqlite3", "importlib.resources", "ctypes.util",
 )  # fmt: skip
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _done: set[object] = set()
 
 
@@ -51,6 +51,14 @@ def ready(preload: tuple[str, ...] = (), warm: object = None) -> None:
         if warm is not None and warm not in _done:
             warm()  # type: ignore[operator]
             _done.add(warm)
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _defaults() -> None:

@@ -44,6 +44,7 @@ class Job:
     result_limit: int
     plan: Any
     channel: Channel
+    script: Any
 
 
 def main(backend: Backend, job: Job) -> None:
@@ -78,7 +79,7 @@ def _enter_and_run(backend: Backend, job: Job) -> int:
     # The walls report by the pipe's number of before or after the move, whichever is there.
     result = job.channel.result
     try:
-        backend.enter(job.plan, job.channel, prepare)
+        backend.enter(job.plan, job.channel, job.script, prepare)
     except Exception as error:
         wall, reason = getattr(error, "wall", "start"), getattr(error, "reason", repr(error))
         for number in (RESULT, result):
@@ -89,13 +90,13 @@ def _enter_and_run(backend: Backend, job: Job) -> int:
     gc.enable()
     args, kwargs = job.args, job.kwargs
     if rebuilt:
-        args = _replace(args, rebuilt)
-        kwargs = _replace(kwargs, rebuilt)
-    _run(job, args, kwargs)
+        args = _replace(args, rebuilt, {})
+        kwargs = _replace(kwargs, rebuilt, {})
+    _run(job, args, kwargs, [made for made in rebuilt.values() if isinstance(made, io.IOBase)])
     return 0
 
 
-def _run(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any], files: list[io.IOBase]) -> None:
     try:
         value = job.function(*args, **kwargs)
         if job.kind == "coroutine":
@@ -103,6 +104,10 @@ def _run(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         elif job.kind in ("stream", "async stream"):
             _stream(job, value)
             value = None
+        for file in files:
+            # Outside, closing the file or letting it go would write what it holds; this process ends without either.
+            if not file.closed and file.writable():
+                file.flush()
     except BaseException as error:
         _flush()
         _send_error(error)
@@ -193,8 +198,11 @@ def _describe(item: object) -> tuple[str, object, int] | None:
         if isinstance(item, io.TextIOWrapper):
             item.flush()
             return "text", (item.encoding, item.errors), number
-        if isinstance(item, (io.BufferedWriter, io.BufferedRandom)):
+        if item.writable():
             item.flush()
+        if item.seekable():
+            # What was read ahead is not lost: the caller goes on where this object is.
+            os.lseek(number, item.tell(), os.SEEK_SET)
         return "file", None, number
     return None
 
@@ -358,13 +366,20 @@ def _cpu_count() -> int | None:
     return CPU_COUNT
 
 
-def _replace(value: Any, rebuilt: dict[int, object]) -> Any:
+def _replace(value: Any, rebuilt: dict[int, object], seen: dict[int, Any]) -> Any:
     """The same value with what was handed over in its place; containers that hold none stay themselves."""
     if id(value) in rebuilt:
         return rebuilt[id(value)]
+    if id(value) in seen:
+        return seen[id(value)]
     kind = type(value)
+    seen[id(value)] = value
     if kind in (list, tuple, set, frozenset):
-        return kind(_replace(item, rebuilt) for item in value)
-    if kind is dict:
-        return {key: _replace(item, rebuilt) for key, item in value.items()}
-    return value
+        made = [_replace(item, rebuilt, seen) for item in value]
+        if any(new is not old for new, old in zip(made, value, strict=True)):
+            seen[id(value)] = kind(made)
+    elif kind is dict:
+        items = {key: _replace(item, rebuilt, seen) for key, item in value.items()}
+        if any(items[key] is not value[key] for key in value):
+            seen[id(value)] = items
+    return seen[id(value)]

@@ -15,6 +15,7 @@ import signal
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -92,12 +93,14 @@ class Compartment:
         self.supervisor: Supervisor | None = None
         self.traced = bytearray()
         self.leases: list[arena.Lease] = []
+        self.loan_wanted: int | None = None
         self.descriptors: list[int] = []
         self.limit: str | None = None
         self.died: tuple[int, int, float, float, int] | None = None
         self.ended_at = 0.0
         self.closed = False
         self.finished = False
+        self.owner = os.getpid()
         self.result_open = True
         self.pidfd = self.result = self.control = self.trace = self.listener = -1
         self.lifeline = -1
@@ -106,6 +109,7 @@ class Compartment:
         self.backend = backend.select()
         self.handed = handed
         self.plan: Plan = self.backend.plan(self.policy, handed)
+        _live.add(self)
         try:
             self._start(handed, stream)
         except BaseException:
@@ -124,16 +128,16 @@ class Compartment:
             stdout = self._output(self.policy.stdout, self.stdout, 1, theirs)
             stderr = self._output(self.policy.stderr, self.stderr, 2, theirs)
             lifeline = -1
-            if stream and threading.current_thread() is not threading.main_thread():
-                # The thread that starts a stream may end before it does, and would take the compartment along.
+            if stream:
+                # The thread that starts a stream may end before it does, or become another program with it.
                 lifeline, self.lifeline = os.pipe()
                 theirs.append(lifeline)
             channel = Channel(result_w, control, trace_w, stdout, stderr, lifeline)
+            script = self.plan.write(channel)
             job = Job(
                 self.call.function, self.call.args, self.call.kwargs, self.call.kind, handed, self.call.registry,
-                self.call.types, self.policy.result_limit, self.plan, channel,
+                self.call.types, self.policy.result_limit, self.plan, channel, script,
             )  # fmt: skip
-            self.plan.write(channel)
             for descriptor in (self.result, self.control, self.trace, *self.output):
                 os.set_blocking(descriptor, False)
                 self._watch(descriptor)
@@ -277,9 +281,16 @@ class Compartment:
 
     def _lend(self, size: int) -> None:
         # A value larger than the policy allows is refused here, not when it has been written.
-        if size > self.policy.result_limit + message.MOST_BUFFERS * message.ALIGN or len(self.leases) >= MOST_LENT:
-            self.kill()
+        if size > self.policy.result_limit + message.MOST_BUFFERS * message.ALIGN:
             self.limit = "result_bytes"
+            self.kill()
+            return
+        if len(self.leases) >= MOST_LENT:
+            # A stream that is ahead of its reader waits; it can ask for one thing at a time.
+            if self.loan_wanted is not None:
+                self.kill()
+                raise ProtocolError("the compartment asked for more shared memory while it waited for some")
+            self.loan_wanted = size
             return
         lent = arena.lease(size)
         self.leases.append(lent)
@@ -374,7 +385,8 @@ class Compartment:
         if self.closed:
             return
         self.closed = True
-        if self.pidfd >= 0 and not self.finished:
+        _live.discard(self)
+        if self.pidfd >= 0 and not self.finished and self.owner == os.getpid():
             with contextlib.suppress(ProtocolError):
                 self.kill()
         for descriptor in (
@@ -400,13 +412,17 @@ class Compartment:
         # Descriptors travel by the socket and may still lie there.
         while self._control():
             pass
-        room = self.leases[-1].size if self.leases else 0
+        # Loans are used in the order in which they were made, one for each value that has big buffers.
+        room = self.leases[0].size if self.leases else 0
         parts = message.take_apart(frame, room)
         if parts.descriptors != len(self.descriptors):
             raise ProtocolError(
                 f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}"
             )
-        memory: Any = self.leases[-1] if self.leases else None
+        memory: Any = self.leases.pop(0) if parts.places else None
+        if self.loan_wanted is not None:
+            wanted, self.loan_wanted = self.loan_wanted, None
+            self._lend(wanted)
         if parts.places and copy:
             memory = bytes(memoryview(memory)[: sum(parts.places[-1])])
         made: list[Any] = []
@@ -420,7 +436,6 @@ class Compartment:
             for item in made:
                 item.close()
             raise
-        self.leases.clear()
         return read
 
     def _attach(self, kind: str, made: list[Any]) -> object:
@@ -480,6 +495,11 @@ class Compartment:
             error.add_note(self._limit_text("open_files", str(self.policy.open_files)))
         if isinstance(error, RuntimeError) and self.supervisor is not None and self.supervisor.threads_refused:
             error.add_note(self._limit_text("threads", str(self.policy.threads)))
+        elif self.policy.memory_bytes is not None and (
+            (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+            or (isinstance(error, RuntimeError) and "start new thread" in str(error))
+        ):
+            error.add_note(self._limit_text("memory", f"{self.policy.memory_bytes / 2**20:.0f} MiB above its start"))
         return error
 
     def _too_large(self) -> CompartmentDied:
@@ -505,6 +525,11 @@ class Compartment:
             text = f"{self.call.name} was ended after {MOST_ANSWERED} refused calls ({usage})"
             return CompartmentDied(text, signal=9, limit="violations", value=MOST_ANSWERED, usage=usage, stderr=words)
         killed = status if code in (CLD_KILLED, CLD_DUMPED) else None
+        if killed == signal.SIGXCPU and self.policy.cpu is None:
+            text = self._limit_text("timeout", f"{self.policy.timeout} s")
+            return CompartmentTimeout(
+                text, signal=killed, limit="timeout", value=self.policy.timeout, usage=usage, stderr=words
+            )
         if self.limit == "cpu" or killed == signal.SIGXCPU:
             text = self._limit_text("cpu", f"{self.policy.cpu} s")
             return CompartmentDied(text, signal=killed, limit="cpu", value=self.policy.cpu, usage=usage, stderr=words)
@@ -526,6 +551,21 @@ class Compartment:
     def output_text(self) -> tuple[str, str]:
         """What was captured of stdout and stderr."""
         return self._text(self.stdout), self._text(self.stderr)
+
+
+_live: weakref.WeakSet[Compartment] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a forked child of the host: its parent's compartments are not its own to end, nor to keep alive."""
+    if _sys.in_own_fork():
+        return
+    for compartment in list(_live):
+        compartment.finished = True
+        compartment.close()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def arrived(descriptor: int, kind: str) -> object:

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 from compart import _fast, backend, capability, message
+from compart.backend.linux import _sys
 from compart.capability import Handed
 from compart.errors import ClosedError, PolicyError
 from compart.guest import warm
@@ -415,6 +416,8 @@ def _executor() -> concurrent.futures.ThreadPoolExecutor:
 
 def _forked() -> None:
     global _pool, _pool_lock
+    if _sys.in_own_fork():
+        return
     _pool, _pool_lock = None, threading.Lock()
 
 

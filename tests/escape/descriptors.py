@@ -23,27 +23,18 @@ FD_RANGE = 1024
 # -- what the host had open --------------------------------------------------------------------------------------------
 
 
-def _open_at(*numbers: int) -> Callable[[World], Iterator[None]]:
-    """The secret is open in the host at these numbers, inheritable."""
-
-    def arrange(world: World) -> Iterator[None]:
-        first = os.open(world.secret, os.O_RDONLY)
-        opened = [os.dup2(first, number, inheritable=True) for number in numbers]
-        yield
-        for descriptor in (first, *opened):
-            os.close(descriptor)
-
-    return arrange
+def _open_widely(world: World) -> Iterator[None]:
+    """The secret is open in the host, inheritable, at or above each of these numbers."""
+    first = os.open(world.secret, os.O_RDONLY)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    wanted = (3, 63, 100, 255, 479, 480, 481, 511, 512, 513, 700, 1023, 1024, 4000)
+    world.opened = [fcntl.fcntl(first, fcntl.F_DUPFD, number) for number in wanted if number < most - 100]
+    yield
+    for descriptor in (first, *world.opened):
+        os.close(descriptor)
 
 
-def _fits(limit: int) -> bool:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] > limit
-
-
-_MANY = tuple(n for n in (63, 100, 255, 479, 480, 481, 511, 512, 700, 1023, 1024, 4000) if _fits(n))
-
-
-@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_at(*_MANY), proof=lambda world, found: found > len(_MANY))
+@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_widely, proof=lambda world, found: found > len(world.opened))
 def reads_from_every_number(outside: World) -> int:
     """How many descriptors lead to the secret."""
     found = 0
@@ -56,8 +47,8 @@ def reads_from_every_number(outside: World) -> int:
     return found
 
 
-@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_at(*_MANY),
-         proof=lambda world, numbers: set(_MANY) <= set(numbers))  # fmt: skip
+@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_widely,
+         proof=lambda world, numbers: set(world.opened) <= set(numbers))  # fmt: skip
 def finds_what_the_host_had_open(outside: World) -> list[int]:
     found = []
     for number in range(4096 + FD_RANGE):
@@ -353,7 +344,12 @@ def writes_through_a_ring(outside: World, file: Any) -> None:
 
 
 def _appends(*, refused_with: Any = PermissionError) -> Callable[[Callable[..., Any]], None]:
-    """Enter a way of changing what a file granted for appending already holds, for both ways of granting it."""
+    """Enter a way of changing what a file granted for appending already holds, for each way of granting it."""
+
+    def by_name(world: World, inside: bool) -> tuple[Any, ...]:
+        from compart import grant
+
+        return (grant.file(world.secret, "a"),) if inside else handed_over(world)
 
     def handed_over(world: World) -> tuple[Any, ...]:
         world.granted = open(world.secret, "ab", buffering=0)
@@ -365,10 +361,11 @@ def _appends(*, refused_with: Any = PermissionError) -> Callable[[Callable[..., 
         return {"grants": [grant.descriptor(world.granted, rights.mode_rights("a"))]}
 
     def enter(function: Callable[..., Any]) -> None:
-        common: dict[str, Any] = {"surface": "descriptors", "refused_with": refused_with, "gives": handed_over}
+        common: dict[str, Any] = {"surface": "descriptors", "refused_with": refused_with}
         common["effect"] = lambda world: not world.secret.read_bytes().startswith(world.token)
-        attempt(name=function.__name__, **common)(function)
-        attempt(name=f"{function.__name__}_granted_by_rights", policy=by_rights, **common)(function)
+        attempt(name=function.__name__, gives=handed_over, **common)(function)
+        attempt(name=f"{function.__name__}_granted_by_name", gives_by_side=by_name, **common)(function)
+        attempt(name=f"{function.__name__}_granted_by_rights", gives=handed_over, policy=by_rights, **common)(function)
 
     return enter
 

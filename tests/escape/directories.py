@@ -21,7 +21,7 @@ AT_FDCWD = -100
 O_PATH = 0o10000000
 
 # A name that leaves a mount of its own leads nowhere: ".." stops at its root, and "/" is an empty directory.
-NOWHERE = (errno.ENOENT, errno.EACCES, PermissionError)
+NOWHERE = (errno.ENOENT, errno.EACCES, errno.EROFS, PermissionError)
 # The parent of the root is the root, so that a change meant for the parent happens in the directory itself.
 HERE = (*NOWHERE, CONTAINED)
 READ_ONLY = (errno.EROFS, errno.EACCES, PermissionError)
@@ -587,35 +587,6 @@ def unlinks_a_granted_file(outside: World) -> None:
     (outside.tree / "inside").unlink()
 
 
-@file_by_name("a", refused_with=READ_ONLY, effect=lambda w: not (w.tree / "inside").read_bytes().startswith(b"inside"))
-def overwrites_a_file_granted_for_appending(outside: World) -> None:
-    with open(outside.tree / "inside", "r+b") as file:
-        file.write(b"changed")
-
-
-@file_by_name("a", refused_with=READ_ONLY, effect=lambda w: not (w.tree / "inside").read_bytes().startswith(b"inside"))
-def truncates_a_file_granted_for_appending(outside: World) -> None:
-    with open(outside.tree / "inside", "wb") as file:
-        file.write(b"changed")
-
-
 @file_by_name("w", refused_with=READ_ONLY, proof=lambda world, got: got == b"inside")
 def reads_a_file_granted_for_writing(outside: World) -> bytes:
     return (outside.tree / "inside").read_bytes()
-
-
-def _appended_over(world: World) -> bool:
-    return not (world.tree / "inside").read_bytes().startswith(b"inside")
-
-
-@file_by_name("a", refused_with=(*READ_ONLY, errno.EOPNOTSUPP), effect=_appended_over)
-def punches_a_hole_into_a_file_granted_for_appending(outside: World) -> None:
-    with open(outside.tree / "inside", "ab") as file:
-        native.call("fallocate", file.fileno(), 0x3, 0, 6)
-
-
-@file_by_name("a", refused_with=READ_ONLY, effect=_appended_over)
-def clears_append_of_a_file_granted_for_appending(outside: World) -> None:
-    with open(outside.tree / "inside", "ab") as file:
-        native.call("fcntl", file.fileno(), 4, 0)
-        native.call("pwrite64", file.fileno(), b"changed", 7, 0)

@@ -353,6 +353,9 @@ def policy_fields(one: Attempt, world: World) -> dict[str, Any]:
     return one.policy(world) if callable(one.policy) else dict(one.policy)
 
 
+NOBODY_TOLD = "no violation names"
+
+
 def is_refused(one: Attempt, world: World, run: Run, *, listening: bool) -> str | None:
     """None if the attempt was refused inside for the stated reason, else what went wrong."""
     if run.happened:
@@ -364,7 +367,7 @@ def is_refused(one: Attempt, world: World, run: Run, *, listening: bool) -> str 
     if _got_the_token(world, run.answer):
         return f"the secret came out: it {run.answer}"
     if listening and one.call and not set(one.call) & set(run.violations):
-        return f"no violation names {' or '.join(one.call)}; recorded: {run.violations}; it {run.answer}"
+        return f"{NOBODY_TOLD} {' or '.join(one.call)}; recorded: {run.violations}; it {run.answer}"
     return None
 
 

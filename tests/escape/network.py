@@ -329,3 +329,7 @@ raw("recvmmsg", lambda w: (0, _message(b"", b"x"), 1, 0, None), surface="network
 raw("accept4", lambda w: (0, None, None, 0), surface="network", outside=reaches(errno.ENOTSOCK), refused_with=(PermissionError, errno.ENOTSOCK))
 raw("bind", lambda w: (0, _packed(b"\0x"), 4), surface="network", outside=reaches(errno.ENOTSOCK))
 raw("connect", lambda w: (0, _packed(b"\0x"), 4), surface="network", outside=reaches(errno.ENOTSOCK))
+# The host reads the address of a refused call to say what it was: its length is the attempt's own.
+for _call in ("bind", "connect"):
+    for _length in (-1, -(2**31), 2**31 - 1, 2**63 - 1):
+        raw(_call, lambda w, n=_length: (0, _packed(b"\0x"), n), surface="network", name=f"raw_{_call}_of_length_{_length}", outside=reaches(errno.ENOTSOCK))

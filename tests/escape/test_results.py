@@ -379,7 +379,7 @@ def test_a_loan_holds_nothing_of_another_call() -> None:
         _fast.send_fds(CONTROL, b"A" + (BIG + 200_000).to_bytes(8, "little"), [])
         answer, lent = _fast.recv_fds(CONTROL, 64, 1)
         with mmap.mmap(lent[0], int.from_bytes(answer[1:9], "little")) as shared:
-            return any(shared)
+            return any(shared[:])
 
     assert confine(look)() is False
 
@@ -441,7 +441,7 @@ def _send_as(kind: str, descriptor: Callable[[Any], int]) -> Callable[[Any], Non
         ("directory", lambda granted: granted.fileno()),
         ("socket", lambda granted: socket.socketpair()[0].detach()),
         ("listener", lambda granted: granted.fileno()),
-        ("", lambda granted: granted.fileno()),
+        ("x", lambda granted: granted.fileno()),
     ],
 )
 def test_only_real_files_come_back(kind: str, descriptor: Callable[[Any], int], tmp_path: Path) -> None:
@@ -572,7 +572,7 @@ def test_a_directory_does_not_come_back_with_more(tmp_path: Path) -> None:
 
 def test_dying_by_any_signal_is_told() -> None:
     # kill and tgkill of itself are its own affair.
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGSYS):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGALRM):
         with pytest.raises(CompartmentDied) as caught:
             confine(lambda number=number: os.kill(os.getpid(), number))()
         assert caught.value.signal == number

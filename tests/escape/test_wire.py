@@ -333,7 +333,8 @@ def test_a_flood_of_loans_is_ended(unharmed: None) -> None:
 def test_a_flood_of_descriptors_is_ended(unharmed: None) -> None:
     def inside() -> None:
         while True:
-            _fast.send_fds(CONTROL, b"D", [0, 1, 2])
+            with contextlib.suppress(OSError):  # too many in flight
+                _fast.send_fds(CONTROL, b"D", [0, 1, 2])
 
     with pytest.raises(ProtocolError):
         call(inside)

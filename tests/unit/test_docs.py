@@ -22,7 +22,7 @@ import pytest
 
 import compart
 from compart.backend.linux import filters
-from compart.policy import WALLS
+from compart.policy import WAIVABLE, WALLS
 
 ROOT = Path(__file__).parents[2]
 TOP = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -111,11 +111,18 @@ def test_the_policy_table_has_every_field_with_its_default():
 
 
 def test_the_table_of_walls_has_every_wall():
-    assert set(names(row[0] for row in rows(README, "Walls"))) == set(WALLS)
+    assert names(row[0] for row in rows(README, "Walls")) == list(WALLS)
 
 
-def test_every_wall_has_a_section():
-    assert set(re.findall(r"^## `(\w+)`$", PAGES["docs/walls.md"], re.MULTILINE)) == set(WALLS)
+def test_what_can_be_waived_is_told():
+    for wall in WALLS:
+        section = re.split(r"^## ", PAGES["docs/walls.md"].split(f"## `{wall}`\n")[1], flags=re.MULTILINE)[0]
+        assert ("cannot be waived" in section) == (wall not in WAIVABLE), wall
+        assert (f'waive={{"{wall}"}}' in section) == (wall in WAIVABLE), wall
+
+
+def test_every_wall_has_a_section_in_the_order_they_go_up():
+    assert re.findall(r"^## `(\w+)`$", PAGES["docs/walls.md"], re.MULTILINE) == list(WALLS)
 
 
 def test_the_readme_lists_every_error():
@@ -186,7 +193,7 @@ def test_keywords_are_fields_of_a_policy():
         if match[1].islower() and not match[1].startswith("_"):
             assert match[1] in known | others, (page, match.string)
     for page, match in quoted(r"waive=\{\"(\w+)\"\}"):
-        assert match[1] in WALLS, page
+        assert match[1] in WAIVABLE, page
 
 
 def test_constants_have_the_values_that_are_told():

@@ -404,6 +404,13 @@ cdef extern from *:
         return setrlimit(RLIMIT_AS, &limit);
     }
 
+    static void compart_few_arenas(void)
+    {
+    #if defined(__GLIBC__)
+        mallopt(M_ARENA_MAX, 1);
+    #endif
+    }
+
     static long compart_seccomp(unsigned op, unsigned flags, void *arg)
     {
         return syscall(SYS_seccomp, op, flags, arg);
@@ -490,6 +497,7 @@ cdef extern from *:
     int compart_install_trap()
     int compart_drop_shared()
     int compart_heap_lives()
+    void compart_few_arenas()
     int compart_limit_memory(unsigned long long budget)
     int c_socketpair "socketpair"(int domain, int kind, int protocol, int *pair)
     long compart_seccomp(unsigned op, unsigned flags, void *arg)
@@ -533,6 +541,10 @@ cdef extern from "Python.h":
     void PyOS_BeforeFork()
     void PyOS_AfterFork_Parent()
     void PyOS_AfterFork_Child()
+    unsigned long PyThread_get_thread_ident()
+
+
+cdef unsigned long forker = 0
 
 
 cdef inline long checked(long result) except -1:
@@ -554,21 +566,31 @@ def fork(bint probe_heap=False):
     """
     cdef sigset_t before
     cdef long pid
-    cdef int failed
+    cdef int failed, pidfd
+    global forker
     compart_block_signals(&before)
+    forker = PyThread_get_thread_ident()
     PyOS_BeforeFork()
     pid = compart_clone()
     failed = errno
+    # Taken now: the handlers after the fork are Python, and another thread may fork while they run.
+    pidfd = compart_pidfd
     if pid == 0:
         if probe_heap and compart_dispatch_works != 1:
             compart_heap_lives()
         PyOS_AfterFork_Child()
         return 0, -1
+    forker = 0
     PyOS_AfterFork_Parent()
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     if pid == -1:
         raise OSError(failed, "fork failed")
-    return pid, compart_pidfd
+    return pid, pidfd
+
+
+def in_own_fork():
+    """Whether this process is a child that fork() above made, for handlers that run after any fork."""
+    return forker != 0 and forker == PyThread_get_thread_ident()
 
 
 def fork_runs_handlers():
@@ -613,6 +635,11 @@ def pidfd_send_signal(int pidfd, int number):
 def tgkill(int pid, int tid, int number):
     """tgkill(2)"""
     checked(syscall(SYS_tgkill, pid, tid, number))
+
+
+def few_arenas():
+    """mallopt(3) M_ARENA_MAX: glibc reserves 64 MiB of address space for each arena, which a memory limit counts."""
+    compart_few_arenas()
 
 
 def default_signals():

@@ -62,6 +62,14 @@ class Namespaces:
 
 
 _lock = threading.Lock()
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
 _made: dict[tuple[Grant, ...], Namespaces] = {}
 _refused: dict[str, str] = {}
 MOST_KEPT = 64

@@ -46,7 +46,11 @@ F_SETOWN, F_SETSIG, F_SETFL, O_ASYNC = 8, 10, 4, 0o20000
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 MOST_SIGNALS = 256
-MOST_PLANS = 256
+MOST_PLANS = 64
+LIMITED = (
+    resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK,
+    resource.RLIMIT_SIGPENDING, resource.RLIMIT_MSGQUEUE,
+)  # fmt: skip
 LAST = 0x7FFFFFFF
 RESOLVE = 0x08 | 0x02  # RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS (openat2(2))
 ARCHES = {"x86_64": syscalls.AUDIT_ARCH_X86_64, "aarch64": syscalls.AUDIT_ARCH_AARCH64}
@@ -58,6 +62,15 @@ class WallError(Exception):
     def __init__(self, wall: str, reason: str) -> None:
         self.wall, self.reason = wall, reason
         super().__init__(f"{wall}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A script as the child carries it out, and each call's wall and name, should it fail."""
+
+    calls: bytes
+    data: bytes
+    names: tuple[tuple[str, str], ...]
 
 
 @dataclass(slots=True)
@@ -76,23 +89,27 @@ class Plan:
     cwd: str
     host: int
     null: int
-    script: Script = field(default_factory=lambda: Script(0))
-    packed: tuple[bytes, bytes] = (b"", b"")
-    written: tuple[object, ...] = ()
+    written: tuple[object, Written] | None = None
     owned: list[int] = field(default_factory=list)
 
     @property
     def paths(self) -> tuple[tuple[str, str], ...]:
         return tuple((grant.path, grant.mode) for grant in self.policy.grants if grant.path)
 
-    def write(self, channel: Channel) -> None:
-        """Write the child's script, once the channel's descriptors are known."""
-        key = (channel, tuple(self.moves))
+    def write(self, channel: Channel) -> Written:
+        """The child's script, once the channel's descriptors are known.
+
+        A plan may serve several threads at once, so nothing of one call is kept in it but the last script and its key.
+        """
+        key = (channel, tuple(self.moves), self.cwd, self.null, [resource.getrlimit(which) for which in LIMITED])
+        kept = self.written
         # The same numbers come again in most calls, and so does the script.
-        if key != self.written:
-            self.script = write_script(self, channel)
-            self.packed = self.script.pack()
-            self.written = key
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        script = write_script(self, channel)
+        made = Written(*script.pack(), tuple((wall, name) for wall, name, _ in script.calls))
+        self.written = (key, made)
+        return made
 
     def close(self) -> None:
         """Close what was made for this compartment alone."""
@@ -117,14 +134,14 @@ class Linux:
 
     def plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
         """Decide everything before the fork. UnsupportedError for a wall that cannot be put up."""
-        if handed:
+        # What a policy alone decides is kept, but for what can change under it: paths, and what was handed over.
+        if handed or any(grant.path for grant in policy.grants):
             return self._plan(policy, handed)
         kept = self._plans.get(policy)
-        if kept is None or kept.host != os.getpid():
+        if kept is None or kept.host != os.getpid() or kept.null != _null():
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
             kept = self._plans[policy] = self._plan(policy, handed)
-        kept.null = _null()
         return kept
 
     def _plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
@@ -161,7 +178,7 @@ class Linux:
                 policy=policy,
                 layout=layout,
                 arch=arch,
-                program=filters.program(layout, arch) if _sys.seccomp_flags_known(0) else b"",
+                program=filters.program(layout, arch) if _has_seccomp() else b"",
                 flags=_flags() if listener else 0,
                 joins=_joins(policy, by_name),
                 ruleset=ruleset,
@@ -198,13 +215,13 @@ class Linux:
             Wall("descriptors", True, "only what was handed over is open; rights by number range"),
             Wall("rlimits", True, _limits_text(policy)),
             Wall("capabilities", True, "none held, none to be had"),
-            Wall("seccomp", _sys.seccomp_flags_known(0), "default deny; x32 and i386 refused"),
+            Wall("seccomp", _has_seccomp(), "default deny; x32 and i386 refused"),
             Wall("listener", listener, "refused calls are recorded" if listener else _listener_reason()),
         ))  # fmt: skip
 
     # ---- child -------------------------------------------------------------------------------------------------------
 
-    def enter(self, plan: Plan, channel: Channel, prepare: Callable[[list[int]], None]) -> None:
+    def enter(self, plan: Plan, channel: Channel, script: Written, prepare: Callable[[list[int]], None]) -> None:
         """Put up every wall of the plan. There is no way back."""
         wall = "start"
         try:
@@ -214,17 +231,21 @@ class Linux:
             _sys.drop_shared_mappings()
             wall = "rlimits"
             if plan.policy.memory_bytes is not None:
+                _sys.few_arenas()
                 _sys.limit_memory(plan.policy.memory_bytes)
             wall = "script"
-            failed = _sys.run(*plan.packed)
+            failed = _sys.run(script.calls, script.data)
             if failed is not None:
                 index, number = failed
-                wall, name, _ = plan.script.calls[index]
+                wall, name = script.names[index]
                 raise OSError(number, f"{name}: {os.strerror(number)}")
             _replace_environment(plan.policy)
             wall = "prepare"
+            # The host may have enabled it for itself, and its handlers were just taken away.
+            faulthandler.disable()
             faulthandler.enable(file=2, all_threads=True)
             if plan.layout.listener:
+                faulthandler.unregister(notify.STACK_SIGNAL)
                 faulthandler.register(notify.STACK_SIGNAL, file=TRACE, all_threads=False, chain=False)
             prepare(plan.numbers)
             wall = "seccomp"
@@ -313,6 +334,18 @@ def _keep_only(script: Script, plan: Plan, channel: Channel) -> None:
     close(first, LAST)
 
 
+def cpu_seconds(policy: Policy) -> int | None:
+    """The kernel's own limit on CPU time, in whole seconds: it stands behind the host, which ends a call to the millisecond.
+
+    It also ends a stream that nobody reads: then no thread of the host watches the clock.
+    """
+    if policy.cpu is not None:
+        return math.ceil(policy.cpu) + 1
+    if policy.timeout is not None:
+        return math.ceil(policy.timeout * (os.cpu_count() or 1)) + 1
+    return None
+
+
 def _limit(script: Script, policy: Policy) -> None:
     def put(which: int, soft: int, hard: int | None = None) -> None:
         _, most = resource.getrlimit(which)
@@ -321,9 +354,9 @@ def _limit(script: Script, policy: Policy) -> None:
             soft, hard = min(soft, most), min(hard, most)
         script.add("rlimits", "prlimit64", 0, which, struct.pack("=qq", soft, hard), 0)
 
-    if policy.cpu is not None:
-        # The host ends it to the millisecond; whole seconds of the kernel stand behind.
-        put(resource.RLIMIT_CPU, math.ceil(policy.cpu) + 1, math.ceil(policy.cpu) + 2)
+    seconds = cpu_seconds(policy)
+    if seconds is not None:
+        put(resource.RLIMIT_CPU, seconds, seconds + 1)
     # The hard limit stays: the host lifts the soft one for a moment when it installs a copy of a granted descriptor.
     # No call that changes a limit passes the filter.
     put(resource.RLIMIT_NOFILE, policy.open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -336,8 +369,13 @@ def _limit(script: Script, policy: Policy) -> None:
 # ---- what this machine can do, tried once -----------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
+def _has_seccomp() -> bool:
+    return _sys.seccomp_flags_known(0)
+
+
 def _require_seccomp(policy: Policy) -> None:
-    if not _sys.seccomp_flags_known(0) and "seccomp" not in policy.waive:
+    if not _has_seccomp() and "seccomp" not in policy.waive:
         raise UnsupportedError(
             "seccomp",
             "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)",
