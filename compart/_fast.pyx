@@ -183,6 +183,7 @@ cdef class _Entry:
     cdef object cls
     cdef tuple fields  # dataclass and NamedTuple
     cdef dict members  # Enum: name -> member, aliases too
+    cdef bint flags  # an enum.Flag whose combinations are made by the standard library alone
     cdef bint key  # hashing and comparing it runs no code of the class
 
 
@@ -207,6 +208,19 @@ cdef class Registry:
                 self.entries.append(self.by_type[cls])
 
 
+_FLAG_MISSING = _enum.Flag._missing_.__func__
+
+
+cdef object _combined(cls, value):
+    try:
+        made = cls(value)
+    except ValueError:
+        made = None
+    if type(made) is not cls:
+        raise Malformed(f"no combination of {_name(cls)}")
+    return made
+
+
 cdef _Entry _entry(cls, Py_ssize_t index):
     cdef _Entry entry = _Entry()
     if not isinstance(cls, type):
@@ -218,6 +232,7 @@ cdef _Entry _entry(cls, Py_ssize_t index):
     if issubclass(cls, _enum.Enum):
         entry.tag = T_ENUM
         entry.members = dict(cls.__members__)
+        entry.flags = issubclass(cls, _enum.Flag) and getattr(cls._missing_, "__func__", None) is _FLAG_MISSING
     elif issubclass(cls, tuple) and isinstance(getattr(cls, "_fields", None), tuple):
         entry.tag = T_NAMEDTUPLE
         entry.fields = cls._fields
@@ -778,6 +793,9 @@ cdef int put_registered(Writer *w, _Entry entry, object value, int depth, int ke
     if entry.tag == T_ENUM:
         name = value._name_
         if type(name) is not str or entry.members.get(name) is not value:
+            if entry.flags and type(value._value_) is int:
+                combined = value._value_
+                return put_int(w, <PyObject *>combined)
             raise Unencodable(f"{value!r} is not a named member of {_name(entry.cls)}")
         return put_name(w, <PyObject *>name)
     if entry.tag == T_NAMEDTUPLE:
@@ -1491,6 +1509,8 @@ cdef object take_registered(Reader *r, int tag, int depth, int key):
         raise Malformed(f"a {_name(entry.cls)} as a key or set member")
     if tag == T_ENUM:
         name = owned(take(r, depth, KEY))
+        if entry.flags and type(name) is int:
+            return _combined(entry.cls, name)
         if type(name) is not str or name not in entry.members:
             raise Malformed(f"no member of {_name(entry.cls)}")
         return entry.members[name]

@@ -65,7 +65,7 @@ class Policy:
     memory: bytes of address space above what the process already had at its start; "256M" is accepted.
     open_files: how many descriptors of its own a compartment may have.
     processes: 0; a compartment starts no processes.
-    threads: how many threads may run at once; None leaves that to `memory`.
+    threads: how many threads may run at once; None leaves that to `memory`, up to 256.
     result_bytes: the largest value that may come back, in bytes; bounds every message.
     stdout, stderr: "capture" (kept, at most `output_bytes`), "inherit" or "null".
     env: the environment inside; empty by default.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import io
+from collections.abc import Callable
 from typing import Any
 
 from compart import _fast
@@ -14,13 +16,17 @@ from compart import _fast
 MOST_STEPS = 1_000_000
 
 
-def where(value: Any, registry: _fast.Registry, types: tuple[type, ...], reason: str) -> str:
+Describe = Callable[[object], tuple[str, object, int] | None]
+
+
+def where(value: Any, registry: _fast.Registry, types: tuple[type, ...], reason: str, describe: Describe) -> str:
     """One line: `result["pages"][3].font: <class 'Font'> cannot leave a compartment; ...`."""
-    return _Search(registry, types).find(value, "result", ()) or f"result: {reason}"
+    return _Search(registry, types, describe).find(value, "result", ()) or f"result: {reason}"
 
 
 class _Search:
-    def __init__(self, registry: _fast.Registry, types: tuple[type, ...]) -> None:
+    def __init__(self, registry: _fast.Registry, types: tuple[type, ...], describe: Describe) -> None:
+        self.describe = describe
         self.registry = registry
         self.types = types
         self.steps = 0
@@ -65,41 +71,45 @@ class _Search:
 
     def _passes(self, value: Any) -> bool:
         try:
-            _fast.encode(value, self.registry, 1 << 62, buffers=[], describe=_anything_open)
+            _fast.encode(value, self.registry, 1 << 62, buffers=[], describe=self._named)
         except (_fast.Unencodable, _fast.TooLarge):
             return False
         return True
+
+    def _named(self, item: object) -> tuple[str, object] | None:
+        described = self.describe(item)
+        return None if described is None else described[:2]
 
     def _leaf(self, value: Any, path: str) -> str | None:
         if self._passes(value):
             return None
         kind = type(value)
         try:
-            _fast.encode(value, self.registry, 1 << 62, buffers=[])
+            _fast.encode(value, self.registry, 1 << 62, buffers=[], describe=self._named)
             reason = ""
         except _fast.Unencodable as error:
             reason = str(error)
         except _fast.TooLarge:
             return None
         if dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum) or hasattr(kind, "_fields"):
-            advice = f"name {kind.__qualname__} in the function's return annotation"
+            named = kind in self.types
+            advice = reason if named else f"name {kind.__qualname__} in the function's return annotation"
+        elif isinstance(value, io.IOBase):
+            advice = "only open regular files that were handed over, and directories, can"
         else:
             advice = reason or "return plain values"
         return f"{_shorten(path)}: {kind!r} cannot leave a compartment; {advice}"
 
 
 def _key(key: object) -> str:
-    if type(key) is str:
-        return '"' + key[:40].replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return f"{key!r:.40}"
-
-
-def _anything_open(item: object) -> tuple[str, object] | None:
     try:
-        item.fileno()  # type: ignore[attr-defined]
+        text = str.__repr__(key) if type(key) is str else repr(key)
     except Exception:
-        return None
-    return "file", None
+        text = f"<{type(key).__qualname__}>"
+    if type(key) is str:
+        # As JSON and most people write a string.
+        text = '"' + text[1:-1].replace("\\'", "'").replace('"', '\\"') + '"'
+    return text if len(text) <= 42 else text[:40] + "…"
 
 
 def _shorten(path: str) -> str:

@@ -10,8 +10,10 @@ import codecs
 import contextlib
 import importlib
 import locale
+import mimetypes
 import os
 import pkgutil
+import platform
 import sys
 import threading
 import time
@@ -73,10 +75,9 @@ def _defaults() -> None:
     locale.localeconv()
     with contextlib.suppress(OSError, ValueError):
         os.get_terminal_size(sys.__stdout__.fileno() if sys.__stdout__ else 1)
-    # platform.uname() runs `uname` by a search of PATH, and keeps what it said.
-    import platform
-
-    platform.uname().processor  # noqa: B018
+    # platform runs `uname -p` by a search of PATH when asked for the processor, and keeps what it said: on Linux, nothing.
+    vars(platform.uname()).setdefault("processor", "")
+    mimetypes.init()
     _late_libraries()
 
 

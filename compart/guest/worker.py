@@ -12,6 +12,7 @@ import io
 import linecache
 import mmap
 import os
+import stat
 import sys
 import threading
 import traceback
@@ -143,6 +144,21 @@ def _stream(job: Job, values: Any) -> None:
 
 
 def _send_value(job: Job, kind: int, value: Any) -> None:
+    try:
+        frame = _value_frame(job, kind, value)
+    except _fast.Unencodable as error:
+        said = where(value, job.registry, job.types, str(error), _describe)
+        frame = message.UNENCODABLE, (said.encode(errors="replace")[:60000],)
+    except _fast.TooLarge as error:
+        frame = message.TOO_LARGE, (str(error.size).encode(),)
+    except Exception as error:
+        # Out of memory, or an object whose own methods raise.
+        _send_error(error)
+        return
+    _fast.write_frame(RESULT, frame[0], *frame[1])
+
+
+def _value_frame(job: Job, kind: int, value: Any) -> tuple[int, tuple[bytes, ...]]:
     buffers: list[Any] = []
     descriptors: list[int] = []
 
@@ -153,25 +169,14 @@ def _send_value(job: Job, kind: int, value: Any) -> None:
             return described[0], described[1]
         return None
 
-    try:
-        body = _fast.encode(value, job.registry, job.result_limit, inline=INLINE, buffers=buffers, describe=describe)
-    except _fast.Unencodable as error:
-        said = where(value, job.registry, job.types, str(error))
-        _fast.write_frame(RESULT, message.UNENCODABLE, said.encode(errors="replace")[:60000])
-        return
-    except _fast.TooLarge as error:
-        _fast.write_frame(RESULT, message.TOO_LARGE, str(error.size).encode())
-        return
-    except MemoryError as error:
-        _send_error(error)
-        return
+    body = _fast.encode(value, job.registry, job.result_limit, inline=INLINE, buffers=buffers, describe=describe)
     if descriptors:
         _fast.send_fds(CONTROL, b"D", descriptors)
     places: list[tuple[int, int]] = []
     if buffers:
         places, room = message.layout([memoryview(item).nbytes for item in buffers])
         _place(buffers, places, room)
-    _fast.write_frame(RESULT, kind, message.prefix(places, len(descriptors)), body)
+    return kind, (message.prefix(places, len(descriptors)), body)
 
 
 def _place(buffers: list[Any], places: list[tuple[int, int]], room: int) -> None:
@@ -187,24 +192,28 @@ def _place(buffers: list[Any], places: list[tuple[int, int]], room: int) -> None
 
 
 def _describe(item: object) -> tuple[str, object, int] | None:
-    """A file or directory that leaves: its kind, what the host needs to rebuild it, its descriptor."""
+    """A file or directory that leaves: its kind, what the host needs to rebuild it, its descriptor. None for all else."""
     if isinstance(item, Directory):
         return "directory", item.mode, item.fileno()
-    if isinstance(item, io.IOBase):
-        try:
-            number = item.fileno()
-        except (OSError, ValueError):
+    if not isinstance(item, io.IOBase):
+        return None
+    try:
+        number = item.fileno()
+        if not stat.S_ISREG(os.fstat(number).st_mode):
             return None
-        if isinstance(item, io.TextIOWrapper):
-            item.flush()
-            return "text", (item.encoding, item.errors), number
         if item.writable():
             item.flush()
-        if item.seekable():
-            # What was read ahead is not lost: the caller goes on where this object is.
-            os.lseek(number, item.tell(), os.SEEK_SET)
-        return "file", None, number
-    return None
+    except (OSError, ValueError):
+        return None
+    text = isinstance(item, io.TextIOWrapper)
+    if item.readable() and not text:
+        # What was read ahead is not lost: the caller goes on where this object is.
+        os.lseek(number, item.tell(), os.SEEK_SET)
+    elif item.readable() and text:
+        os.lseek(number, item.tell() & (1 << 64) - 1, os.SEEK_SET)
+    return (
+        ("text", (item.encoding, item.errors), number) if isinstance(item, io.TextIOWrapper) else ("file", None, number)
+    )
 
 
 _ERROR_ATTRIBUTES = ("errno", "strerror", "filename", "name", "path")

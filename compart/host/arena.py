@@ -19,10 +19,19 @@ SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW (fcn
 F_ADD_SEALS = 1033
 
 
+_identities: set[tuple[int, int]] = set()
+
+
+def is_piece(descriptor: int) -> bool:
+    """Whether a descriptor is one of our pieces, sent back as if it were a file."""
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino) in _identities
+
+
 class Piece:
     """One piece of shared memory. `size` bytes at `mapping`; `descriptor` is what a compartment maps."""
 
-    __slots__ = ("descriptor", "mapping", "size")
+    __slots__ = ("descriptor", "identity", "mapping", "size")
 
     def __init__(self, size: int) -> None:
         self.descriptor = os.memfd_create("compart", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -34,8 +43,12 @@ class Piece:
             os.close(self.descriptor)
             raise
         self.size = size
+        status = os.fstat(self.descriptor)
+        self.identity = status.st_dev, status.st_ino
+        _identities.add(self.identity)
 
     def destroy(self) -> None:
+        _identities.discard(self.identity)
         os.close(self.descriptor)
         self.mapping.close()
 

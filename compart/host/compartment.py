@@ -7,6 +7,7 @@ drains captured output and watches the clock. Everything that arrives is read as
 from __future__ import annotations
 
 import contextlib
+import encodings.aliases
 import errno
 import io
 import os
@@ -94,6 +95,7 @@ class Compartment:
         self.traced = bytearray()
         self.leases: list[arena.Lease] = []
         self.loan_wanted: int | None = None
+        self.used: list[arena.Lease] = []
         self.descriptors: list[int] = []
         self.limit: str | None = None
         self.died: tuple[int, int, float, float, int] | None = None
@@ -102,6 +104,7 @@ class Compartment:
         self.finished = False
         self.owner = os.getpid()
         self.result_open = True
+        self.walls_stand = False
         self.pidfd = self.result = self.control = self.trace = self.listener = -1
         self.lifeline = -1
         self.poll = select.poll()
@@ -163,10 +166,18 @@ class Compartment:
 
     # ---- life -----------------------------------------------------------------------------------------------------------
 
+    def take(self) -> tuple[int, bytes] | None:
+        """A frame that has arrived, or None."""
+        try:
+            return self.frames.take()
+        except _fast.Malformed as error:
+            self.kill()
+            raise ProtocolError(f"the compartment broke the protocol: {error}") from None
+
     def wait_frame(self) -> tuple[int, bytes] | None:
         """The next frame, or None when the compartment ended without one. Enforces time, CPU and violations."""
         while True:
-            frame = self.frames.take()
+            frame = self.take()
             if frame is not None:
                 return frame
             if self.finished:
@@ -263,12 +274,14 @@ class Compartment:
         if not said:
             self._unwatch(self.control)
             return False
-        if said == b"L" and len(descriptors) == 1 and self.listener < 0 and self.plan.layout.listener:
-            self.listener = descriptors[0]
-            self._watch(self.listener)
+        if said == b"L" and not self.walls_stand and len(descriptors) == int(self.plan.layout.listener):
+            self.walls_stand = True
+            if descriptors:
+                self.listener = descriptors[0]
+                self._watch(self.listener)
         elif said == b"D" and descriptors and len(self.descriptors) + len(descriptors) <= message.MOST_DESCRIPTORS:
             self.descriptors += descriptors
-        elif said[:1] == b"A" and len(said) == 9 and not descriptors:
+        elif said[:1] == b"A" and len(said) == 9 and not descriptors and any(said[1:]):
             self._lend(int.from_bytes(said[1:9], "little"))
         else:
             for descriptor in descriptors:
@@ -292,7 +305,11 @@ class Compartment:
                 raise ProtocolError("the compartment asked for more shared memory while it waited for some")
             self.loan_wanted = size
             return
-        lent = arena.lease(size)
+        # What this compartment gave back is for itself alone as long as it lives: it may have kept a mapping.
+        fitting = [used for used in self.used if used.size >= size]
+        lent = fitting[0] if fitting else arena.lease(size)
+        if fitting:
+            self.used.remove(lent)
         self.leases.append(lent)
         with contextlib.suppress(OSError):
             _fast.send_fds(self.control, b"A" + lent.size.to_bytes(8, "little"), [lent.descriptor])
@@ -420,6 +437,8 @@ class Compartment:
                 f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}"
             )
         memory: Any = self.leases.pop(0) if parts.places else None
+        if memory is not None and not self.finished:
+            self.used.append(memory)
         if self.loan_wanted is not None:
             wanted, self.loan_wanted = self.loan_wanted, None
             self._lend(wanted)
@@ -428,7 +447,11 @@ class Compartment:
         made: list[Any] = []
         try:
             read = message.read_value(
-                parts, self.call.registry, self.policy.result_limit, memory, lambda kind, meta: self._attach(kind, made)
+                parts,
+                self.call.registry,
+                self.policy.result_limit,
+                memory,
+                lambda kind, meta: self._attach(kind, meta, made),
             )
             if self.descriptors:
                 raise ProtocolError("the compartment sent a descriptor that its value does not name")
@@ -438,11 +461,11 @@ class Compartment:
             raise
         return read
 
-    def _attach(self, kind: str, made: list[Any]) -> object:
+    def _attach(self, kind: str, meta: object, made: list[Any]) -> object:
         """A file or directory that came out: it is what the kernel says, whatever the compartment said."""
         if not self.descriptors:
             raise ProtocolError("the compartment named a descriptor that it did not send")
-        made.append(arrived(self.descriptors.pop(0), kind))
+        made.append(arrived(self.descriptors.pop(0), kind, meta))
         return made[-1]
 
     def end(self, frame: tuple[int, bytes] | None) -> Any:
@@ -476,6 +499,10 @@ class Compartment:
             case message.TOO_LARGE:
                 raise self._too_large()
             case message.WALL:
+                while self._control():
+                    pass
+                if self.walls_stand:
+                    raise ProtocolError("the compartment says that a wall could not be put up, when all of them stand")
                 name, _, reason = body[:4000].decode(errors="replace").partition("\n")
                 raise UnsupportedError(name, f"could not be put up: {reason}")
             case _:
@@ -568,7 +595,7 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def arrived(descriptor: int, kind: str) -> object:
+def arrived(descriptor: int, kind: str, meta: object) -> object:
     """A descriptor from a compartment as an object, by what it really is. Closes it and raises ProtocolError otherwise."""
     import fcntl
 
@@ -577,17 +604,43 @@ def arrived(descriptor: int, kind: str) -> object:
         access = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         if kind == "directory" and stat.S_ISDIR(mode):
             return Directory.take(descriptor, "r", "(from a compartment)")
-        if kind in ("file", "text") and stat.S_ISREG(mode) and not access & os.O_PATH:
-            name = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[access & os.O_ACCMODE]
-            raw = io.FileIO(descriptor, name)
-            binary = open_buffered(raw)
-            return io.TextIOWrapper(binary, encoding="utf-8") if kind == "text" else binary
+        regular = stat.S_ISREG(mode) and not access & os.O_PATH and not arena.is_piece(descriptor)
+        if kind in ("file", "text") and regular:
+            appends = bool(access & os.O_APPEND)
+            name = {
+                os.O_RDONLY: "rb",
+                os.O_WRONLY: "ab" if appends else "wb",
+                os.O_RDWR: "a+b" if appends else "r+b",
+            }[access & os.O_ACCMODE]
+            binary = open_buffered(io.FileIO(descriptor, name))
+            return binary if kind == "file" else io.TextIOWrapper(binary, *_text_options(meta))
     except BaseException:
         with contextlib.suppress(OSError):
             os.close(descriptor)
         raise
     os.close(descriptor)
     raise ProtocolError(f"the compartment sent a descriptor that is no {kind}")
+
+
+def _text_options(meta: object) -> tuple[str, str]:
+    """The encoding and error handler that a compartment named, when they are ones that Python has; else UTF-8, strict."""
+    match meta:
+        case (str(encoding), str(errors)) if errors in ERROR_HANDLERS:
+            if encoding.lower().replace("-", "_") in ENCODINGS:
+                return encoding, errors
+    return "utf-8", "strict"
+
+
+ERROR_HANDLERS = (
+    "strict",
+    "ignore",
+    "replace",
+    "surrogateescape",
+    "surrogatepass",
+    "backslashreplace",
+    "xmlcharrefreplace",
+)
+ENCODINGS = frozenset(encodings.aliases.aliases) | frozenset(encodings.aliases.aliases.values())
 
 
 def open_buffered(raw: io.FileIO) -> Any:

@@ -278,7 +278,7 @@ async def _frame_async(compartment: Compartment) -> tuple[int, bytes] | None:
     loop = asyncio.get_running_loop()
     with contextlib.closing(_Watch(compartment)) as watch:
         while True:
-            frame = compartment.frames.take()
+            frame = compartment.take()
             if frame is not None:
                 return frame
             if compartment.finished:

@@ -17,55 +17,64 @@ from typing import Any
 
 def leaving_types(function: Callable[..., Any]) -> tuple[tuple[type, ...], Callable[[Any], object] | None]:
     """The types, in a fixed order, and what makes an array of a buffer (None unless the annotation names ndarray)."""
-    found: dict[type, None] = {}
-    arrays: list[type] = []
-    _collect(_annotation(function), found, arrays, set())
-    ndarray = None
-    if arrays:
-        ndarray = sys.modules["numpy"].asarray
-    return tuple(found), ndarray
-
-
-def _annotation(function: Any) -> object:
     inner = inspect.unwrap(function)
     inner = getattr(inner, "__func__", inner)
-    raw = getattr(inner, "__annotations__", {}).get("return")
-    if not isinstance(raw, str):
-        return raw
-    names = dict(getattr(inner, "__globals__", {}))
-    closure = getattr(inner, "__closure__", None) or ()
-    for name, cell in zip(getattr(getattr(inner, "__code__", None), "co_freevars", ()), closure, strict=False):
+    found = _Found(_names_of(inner))
+    found.add(getattr(inner, "__annotations__", {}).get("return"))
+    return tuple(found.types), sys.modules["numpy"].asarray if found.arrays else None
+
+
+def _names_of(function: Any) -> dict[str, Any]:
+    """What names mean where the annotation was written."""
+    names = dict(getattr(function, "__globals__", {}))
+    closure = getattr(function, "__closure__", None) or ()
+    for name, cell in zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), closure, strict=False):
         try:
             names[name] = cell.cell_contents
         except ValueError:
             continue
-    try:
-        # The annotation is the programmer's own source text, as typing.get_type_hints evaluates it.
-        return eval(raw, names)
-    except Exception:
-        return None
+    return names
 
 
-def _collect(annotation: object, found: dict[type, None], arrays: list[type], seen: set[int]) -> None:
-    if id(annotation) in seen:
-        return
-    seen.add(id(annotation))
-    origin = typing.get_origin(annotation)
-    if origin is not None:
-        _collect(origin, found, arrays, seen)
-        for argument in typing.get_args(annotation):
-            _collect(argument, found, arrays, seen)
-        return
-    if not isinstance(annotation, type):
-        return
-    if annotation.__module__ == "numpy" and annotation.__name__ == "ndarray":
-        arrays.append(annotation)
-    elif issubclass(annotation, enum.Enum):
-        found[annotation] = None
-    elif dataclasses.is_dataclass(annotation) or (issubclass(annotation, tuple) and hasattr(annotation, "_fields")):
-        found[annotation] = None
-        for hint in _fields(annotation):
-            _collect(hint, found, arrays, seen)
+class _Found:
+    def __init__(self, names: dict[str, Any]) -> None:
+        self.names = names
+        self.types: dict[type, None] = {}
+        self.arrays = False
+        self.seen: set[int] = set()
+
+    def add(self, annotation: object) -> None:
+        if isinstance(annotation, typing.ForwardRef):
+            annotation = annotation.__forward_arg__
+        if isinstance(annotation, str):
+            annotation = self._evaluate(annotation)
+        if id(annotation) in self.seen:
+            return
+        self.seen.add(id(annotation))
+        origin = typing.get_origin(annotation)
+        if origin is not None:
+            self.add(origin)
+            for argument in typing.get_args(annotation):
+                self.add(argument)
+        elif isinstance(annotation, type):
+            self._add_type(annotation)
+
+    def _evaluate(self, text: str) -> object:
+        try:
+            # The programmer's own source text, as typing.get_type_hints evaluates it.
+            return eval(text, self.names)
+        except Exception:
+            return None
+
+    def _add_type(self, kind: type) -> None:
+        if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
+            self.arrays = True
+        elif issubclass(kind, enum.Enum):
+            self.types[kind] = None
+        elif dataclasses.is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+            self.types[kind] = None
+            for hint in _fields(kind):
+                self.add(hint)
 
 
 def _fields(kind: type) -> list[object]:

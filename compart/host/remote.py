@@ -50,7 +50,11 @@ def _ours(said: Raised) -> BaseException | None:
     kind = OURS.get(said.type_name)
     if kind is None:
         return None
-    return kind(1, said.text) if issubclass(kind, OSError) else kind(said.text)
+    match said.args:
+        case (int(number), str(text)) if issubclass(kind, OSError):
+            return kind(number, text)
+        case _:
+            return kind(1, said.text) if issubclass(kind, OSError) else kind(said.text)
 
 
 OURS = {f"compart.errors.{kind.__name__}": kind for kind in (NotCapableError, ClosedError, PolicyError)}

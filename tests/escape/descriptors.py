@@ -34,7 +34,12 @@ def _open_widely(world: World) -> Iterator[None]:
         os.close(descriptor)
 
 
-@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_widely, proof=lambda world, found: found > len(world.opened))
+@attempt(
+    surface="descriptors",
+    refused_with=CONTAINED,
+    arrange=_open_widely,
+    proof=lambda world, found: found > len(world.opened),
+)
 def reads_from_every_number(outside: World) -> int:
     """How many descriptors lead to the secret."""
     found = 0
@@ -69,12 +74,19 @@ def _listening(world: World) -> Iterator[None]:
             yield
 
 
-@attempt(surface="descriptors", refused_with=(errno.EBADF, PermissionError), arrange=_listening, proof=lambda world, fd: fd >= 0)
+@attempt(
+    surface="descriptors",
+    refused_with=(errno.EBADF, PermissionError),
+    arrange=_listening,
+    proof=lambda world, fd: fd >= 0,
+)
 def accepts_on_a_listener_of_the_host(outside: World) -> int:
     return native.call("accept", outside.listener, None, None)
 
 
-@attempt(surface="descriptors", refused_with=(errno.EBADF, PermissionError), arrange=lambda world: _directory_open(world))
+@attempt(
+    surface="descriptors", refused_with=(errno.EBADF, PermissionError), arrange=lambda world: _directory_open(world)
+)
 def opens_beneath_a_directory_of_the_host(outside: World) -> bytes:
     return os.read(native.call("openat", outside.descriptor, b"secret", os.O_RDONLY), 64)
 
@@ -100,39 +112,82 @@ def _on_an_input(call: str, arguments: Callable[[Any], tuple[Any, ...]], *, name
 
 _on_an_input("fchmod", lambda w: (0o751,), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751)
 _on_an_input("fchown", lambda w: (12345, -1), effect=lambda w: w.secret.stat().st_uid == 12345, privileged=True)
-_on_an_input("utimensat", lambda w: (None, struct.pack("qqqq", 1, 0, 1, 0), 0), effect=lambda w: w.secret.stat().st_mtime < 1000)
+_on_an_input(
+    "utimensat", lambda w: (None, struct.pack("qqqq", 1, 0, 1, 0), 0), effect=lambda w: w.secret.stat().st_mtime < 1000
+)
 _on_an_input("fsetxattr", lambda w: (b"user.mark", b"1", 1, 0), effect=lambda w: "user.mark" in os.listxattr(w.secret))
 _on_an_input("fgetxattr", lambda w: (b"user.none", None, 0), outside=reaches(errno.ENODATA))
 _on_an_input("flistxattr", lambda w: (None, 0))
 _on_an_input("fremovexattr", lambda w: (b"user.none",), outside=reaches(errno.ENODATA))
 _on_an_input("flock", lambda w: (fcntl.LOCK_EX,), effect=lambda w: _is_locked(w))
 _on_an_input("flock", lambda w: (fcntl.LOCK_SH | fcntl.LOCK_NB,), name="shared_flock_of_an_input_file")
-_on_an_input("fcntl", lambda w: (fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)), name="locks_a_record_of_an_input_file")
-_on_an_input("fcntl", lambda w: (37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)), name="locks_the_description_of_an_input_file")
-_on_an_input("fcntl", lambda w: (fcntl.F_GETLK, ctypes.create_string_buffer(struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))), name="asks_who_locks_an_input_file")
+_on_an_input(
+    "fcntl",
+    lambda w: (fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)),
+    name="locks_a_record_of_an_input_file",
+)
+_on_an_input(
+    "fcntl",
+    lambda w: (37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)),
+    name="locks_the_description_of_an_input_file",
+)
+_on_an_input(
+    "fcntl",
+    lambda w: (fcntl.F_GETLK, ctypes.create_string_buffer(struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))),
+    name="asks_who_locks_an_input_file",
+)
 _on_an_input("fcntl", lambda w: (fcntl.F_SETLEASE, fcntl.F_RDLCK), name="leases_an_input_file")
 _on_an_input("fcntl", lambda w: (fcntl.F_SETFL, os.O_APPEND), name="sets_append_on_an_input_file")
 _on_an_input("fcntl", lambda w: (fcntl.F_SETFL, os.O_NONBLOCK), name="sets_nonblock_on_an_input_file")
 _on_an_input("fcntl", lambda w: (fcntl.F_SETOWN, os.getpid()), name="sets_the_owner_of_an_input_file")
-_on_an_input("fcntl", lambda w: (fcntl.F_NOTIFY, 0), name="asks_for_notice_of_an_input_file", outside=reaches(errno.ENOTDIR, errno.EINVAL))
+_on_an_input(
+    "fcntl",
+    lambda w: (fcntl.F_NOTIFY, 0),
+    name="asks_for_notice_of_an_input_file",
+    outside=reaches(errno.ENOTDIR, errno.EINVAL),
+)
 _on_an_input("fcntl", lambda w: (1036, struct.pack("Q", 2)), name="sets_the_hint_of_an_input_file")
 _on_an_input("ioctl", lambda w: (0x80086601, ctypes.create_string_buffer(8)), name="reads_the_flags_of_an_input_file")
-_on_an_input("ioctl", lambda w: (0x40086602, struct.pack("q", 0x80)), name="sets_the_flags_of_an_input_file", outside=reaches(errno.EOPNOTSUPP, errno.ENOTTY))
-_on_an_input("ioctl", lambda w: (0x5452, struct.pack("i", 1)), name="makes_an_input_file_signal", outside=reaches(errno.ENOTTY))
-_on_an_input("ioctl", lambda w: (0x2, ctypes.create_string_buffer(8)), name="maps_the_blocks_of_an_input_file", outside=reaches(errno.ENOTTY, errno.EINVAL))
+_on_an_input(
+    "ioctl",
+    lambda w: (0x40086602, struct.pack("q", 0x80)),
+    name="sets_the_flags_of_an_input_file",
+    outside=reaches(errno.EOPNOTSUPP, errno.ENOTTY),
+)
+_on_an_input(
+    "ioctl", lambda w: (0x5452, struct.pack("i", 1)), name="makes_an_input_file_signal", outside=reaches(errno.ENOTTY)
+)
+_on_an_input(
+    "ioctl",
+    lambda w: (0x2, ctypes.create_string_buffer(8)),
+    name="maps_the_blocks_of_an_input_file",
+    outside=reaches(errno.ENOTTY, errno.EINVAL),
+)
 _on_an_input("readahead", lambda w: (0, 4096))
 _on_an_input("syncfs", lambda w: ())
 _on_an_input("sync_file_range", lambda w: (0, 0, 0))
 _on_an_input("fsync", lambda w: ())
 _on_an_input("fchdir", lambda w: (), outside=reaches(errno.ENOTDIR))
 _on_an_input("cachestat", lambda w: (struct.pack("QQ", 0, 4096), ctypes.create_string_buffer(40), 0))
-_on_an_input("name_to_handle_at", lambda w: (b"", ctypes.create_string_buffer(struct.pack("Ii", 120, 0), 128), ctypes.create_string_buffer(4), 0x1000))
+_on_an_input(
+    "name_to_handle_at",
+    lambda w: (
+        b"",
+        ctypes.create_string_buffer(struct.pack("Ii", 120, 0), 128),
+        ctypes.create_string_buffer(4),
+        0x1000,
+    ),
+)
 _on_an_input("vmsplice", lambda w: (None, 0, 0), outside=reaches(errno.EBADF))
 _on_an_input("io_submit", lambda w: (0, None), name="submits_asynchronous_io", outside=reaches(errno.EINVAL))
 _on_an_input("linkat", lambda w: (b"", -100, w.marker, 0x1000), effect=lambda w: w.marker.exists(), privileged=True)
 _on_an_input("faccessat2", lambda w: (b"", os.R_OK, 0x1000))
-_on_an_input("fchmodat2", lambda w: (b"", 0o751, 0x1000), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751)
-_on_an_input("fchownat", lambda w: (b"", 12345, -1, 0x1000), effect=lambda w: w.secret.stat().st_uid == 12345, privileged=True)
+_on_an_input(
+    "fchmodat2", lambda w: (b"", 0o751, 0x1000), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751
+)
+_on_an_input(
+    "fchownat", lambda w: (b"", 12345, -1, 0x1000), effect=lambda w: w.secret.stat().st_uid == 12345, privileged=True
+)
 _on_an_input("inotify_add_watch", lambda w: (b"x", 0x100), outside=reaches(errno.EINVAL))
 # A copy may be had, but only where it keeps its rights: never among the compartment's own numbers.
 _AMONG_ITS_OWN: dict[str, Any] = {"proof": lambda w, fd: 0 <= fd < 480, "refused_with": (PermissionError, CONTAINED)}
@@ -140,7 +195,9 @@ _on_an_input("dup", lambda w: (), name="dup_of_an_input_file", **_AMONG_ITS_OWN)
 _on_an_input("dup2", lambda w: (50,), name="dup2_of_an_input_file", **_AMONG_ITS_OWN)
 _on_an_input("dup3", lambda w: (50, 0), name="dup3_of_an_input_file", **_AMONG_ITS_OWN)
 _on_an_input("fcntl", lambda w: (fcntl.F_DUPFD, 40), name="duplicates_an_input_file_by_fcntl", **_AMONG_ITS_OWN)
-_on_an_input("fcntl", lambda w: (fcntl.F_DUPFD_CLOEXEC, 40), name="duplicates_an_input_file_by_fcntl_cloexec", **_AMONG_ITS_OWN)
+_on_an_input(
+    "fcntl", lambda w: (fcntl.F_DUPFD_CLOEXEC, 40), name="duplicates_an_input_file_by_fcntl_cloexec", **_AMONG_ITS_OWN
+)
 
 
 def _is_locked(world: World) -> bool:
@@ -186,7 +243,9 @@ def _writes(*, refused_with: Any = (PermissionError, errno.EBADF)) -> Callable[[
     def enter(function: Callable[..., Any]) -> None:
         common: dict[str, Any] = {"surface": "descriptors", "refused_with": refused_with, "effect": _changed}
         attempt(name=function.__name__, gives=_says_rb, **common)(function)
-        attempt(name=f"{function.__name__}_granted_by_rights", gives=_says_r_plus_b, policy=_grants_reading, **common)(function)
+        attempt(name=f"{function.__name__}_granted_by_rights", gives=_says_r_plus_b, policy=_grants_reading, **common)(
+            function
+        )
 
     return enter
 
@@ -516,14 +575,18 @@ def opens_a_thousand_descriptors(outside: World) -> int:
     return sum(len(os.pipe()) for _ in range(501))
 
 
-@attempt(surface="descriptors", refused_with=(PermissionError, errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd == 600)
+@attempt(
+    surface="descriptors", refused_with=(PermissionError, errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd == 600
+)
 def takes_a_number_among_the_granted(outside: World) -> int:
     # What it makes itself must never get a number that says it was granted.
     read_end, _ = os.pipe()
     return native.call("dup2", read_end, 600)
 
 
-@attempt(surface="descriptors", refused_with=(PermissionError, errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd >= 600)
+@attempt(
+    surface="descriptors", refused_with=(PermissionError, errno.EBADF, errno.EINVAL), proof=lambda world, fd: fd >= 600
+)
 def takes_a_number_among_the_granted_by_fcntl(outside: World) -> int:
     read_end, _ = os.pipe()
     return native.call("fcntl", read_end, fcntl.F_DUPFD, 600)

@@ -58,8 +58,16 @@ def _read(descriptor: int) -> bytes:
         os.close(descriptor)
 
 
-def from_directory(mode: str = "r", *, refused_with: Any = NOWHERE, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    return attempt(surface="directories", refused_with=refused_with, needs={"namespaces"}, gives_by_side=_hands_over(mode), **options)
+def from_directory(
+    mode: str = "r", *, refused_with: Any = NOWHERE, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
+    return attempt(
+        surface="directories",
+        refused_with=refused_with,
+        needs={"namespaces"},
+        gives_by_side=_hands_over(mode),
+        **options,
+    )
 
 
 # -- names that leave --------------------------------------------------------------------------------------------------
@@ -88,7 +96,12 @@ for _title, _name in _LEAVING.items():
     def opens(outside: World, directory: Any, name: Any = _name) -> bytes:
         return _read(native.call("openat", directory.fileno(), name(outside), os.O_RDONLY))
 
-    @from_directory("rw", name=f"opens_for_writing_by_{_title}", arrange=_more_links, effect=lambda w: w.secret.read_bytes() != w.token)
+    @from_directory(
+        "rw",
+        name=f"opens_for_writing_by_{_title}",
+        arrange=_more_links,
+        effect=lambda w: w.secret.read_bytes() != w.token,
+    )
     def opens_for_writing(outside: World, directory: Any, name: Any = _name) -> None:
         os.write(native.call("openat", directory.fileno(), name(outside), os.O_WRONLY), b"changed")
 
@@ -342,15 +355,28 @@ def changes_a_mode_in_a_directory_held_for_reading(outside: World, directory: An
 
 @from_directory(refused_with=READ_ONLY, effect=lambda w: "user.mark" in os.listxattr(w.tree / "inside"))
 def sets_an_attribute_in_a_directory_held_for_reading(outside: World, directory: Any) -> None:
-    native.call("fsetxattr", native.call("openat", directory.fileno(), b"inside", os.O_RDONLY), b"user.mark", b"1", 1, 0)
+    native.call(
+        "fsetxattr", native.call("openat", directory.fileno(), b"inside", os.O_RDONLY), b"user.mark", b"1", 1, 0
+    )
 
 
-@from_directory("rw", refused_with=PermissionError, call="fchmodat", effect=lambda w: stat.S_IMODE((w.tree / "inside").stat().st_mode) == 0o4755)
+@from_directory(
+    "rw",
+    refused_with=PermissionError,
+    call="fchmodat",
+    effect=lambda w: stat.S_IMODE((w.tree / "inside").stat().st_mode) == 0o4755,
+)
 def makes_a_file_set_its_user(outside: World, directory: Any) -> None:
     native.call("fchmodat", directory.fileno(), b"inside", 0o4755)
 
 
-@from_directory("rw", refused_with=PermissionError, effect=lambda w: bool((w.tree / "planted").stat().st_mode & stat.S_ISUID) if (w.tree / "planted").exists() else False)
+@from_directory(
+    "rw",
+    refused_with=PermissionError,
+    effect=lambda w: (
+        bool((w.tree / "planted").stat().st_mode & stat.S_ISUID) if (w.tree / "planted").exists() else False
+    ),
+)
 def creates_a_program_that_sets_its_user(outside: World, directory: Any) -> None:
     # What it writes there would run with the rights of the host's user, whoever starts it.
     native.call("openat", directory.fileno(), b"planted", os.O_CREAT | os.O_WRONLY, 0o4777)
@@ -390,7 +416,12 @@ def _a_device(world: World) -> None:
     os.mknod(world.tree / "device", stat.S_IFCHR | 0o666, os.makedev(1, 5))
 
 
-@from_directory(refused_with=(errno.EACCES, PermissionError), arrange=_a_device, privileged=True, proof=lambda world, got: got == bytes(4))
+@from_directory(
+    refused_with=(errno.EACCES, PermissionError),
+    arrange=_a_device,
+    privileged=True,
+    proof=lambda world, got: got == bytes(4),
+)
 def opens_a_device_in_the_directory(outside: World, directory: Any) -> bytes:
     return os.read(native.call("openat", directory.fileno(), b"device", os.O_RDONLY), 4)
 
@@ -436,7 +467,13 @@ def _gives_two(world: World, inside: bool) -> tuple[Any, ...]:
 
 def from_two(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """One directory for reading and one for changing: the second must lend the first nothing."""
-    return attempt(surface="directories", needs={"namespaces"}, gives_by_side=_gives_two, refused_with=(*READ_ONLY, errno.EXDEV, errno.ENOENT), **options)
+    return attempt(
+        surface="directories",
+        needs={"namespaces"},
+        gives_by_side=_gives_two,
+        refused_with=(*READ_ONLY, errno.EXDEV, errno.ENOENT),
+        **options,
+    )
 
 
 @from_two(effect=lambda w: not (w.tree / "inside").exists())
@@ -473,7 +510,9 @@ def _by_name(mode: str) -> Callable[[World], dict[str, Any]]:
 
 
 def by_name(mode: str = "r", *, refused_with: Any = NOWHERE, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    return attempt(surface="directories", refused_with=refused_with, needs={"namespaces"}, policy=_by_name(mode), **options)
+    return attempt(
+        surface="directories", refused_with=refused_with, needs={"namespaces"}, policy=_by_name(mode), **options
+    )
 
 
 _BY_NAME: dict[str, Callable[[World], str]] = {
@@ -494,11 +533,20 @@ for _title, _path in _BY_NAME.items():
         with open(path(outside), "rb") as file:
             return file.read()
 
-    @by_name(name=f"stats_{_title}_when_a_directory_is_granted", arrange=_more_links, proof=lambda w, size: size == len(w.token))
+    @by_name(
+        name=f"stats_{_title}_when_a_directory_is_granted",
+        arrange=_more_links,
+        proof=lambda w, size: size == len(w.token),
+    )
     def stats_named(outside: World, path: Any = _path) -> int:
         return os.stat(path(outside)).st_size
 
-    @by_name("rw", name=f"writes_{_title}_when_a_directory_is_granted", arrange=_more_links, effect=lambda w: w.secret.read_bytes() != w.token)
+    @by_name(
+        "rw",
+        name=f"writes_{_title}_when_a_directory_is_granted",
+        arrange=_more_links,
+        effect=lambda w: w.secret.read_bytes() != w.token,
+    )
     def writes_named(outside: World, path: Any = _path) -> None:
         with open(path(outside), "r+b") as file:
             file.write(b"changed")
@@ -531,7 +579,9 @@ def unlinks_in_a_directory_granted_for_reading(outside: World) -> None:
     (outside.tree / "inside").unlink()
 
 
-@by_name("rw", refused_with=PermissionError, effect=lambda w: stat.S_IMODE((w.tree / "inside").stat().st_mode) == 0o4755)
+@by_name(
+    "rw", refused_with=PermissionError, effect=lambda w: stat.S_IMODE((w.tree / "inside").stat().st_mode) == 0o4755
+)
 def makes_a_file_set_its_user_in_a_granted_directory(outside: World) -> None:
     (outside.tree / "inside").chmod(0o4755)
 
@@ -563,7 +613,9 @@ def _file_by_name(mode: str) -> Callable[[World], dict[str, Any]]:
     return policy
 
 
-def file_by_name(mode: str = "r", *, refused_with: Any = NOWHERE, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+def file_by_name(
+    mode: str = "r", *, refused_with: Any = NOWHERE, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
     return attempt(surface="directories", refused_with=refused_with, policy=_file_by_name(mode), **options)
 
 

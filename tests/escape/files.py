@@ -178,14 +178,21 @@ _empty_path_flag_with_a_path("statx")
 raw("access", lambda w: (w.secret, os.F_OK), surface="files")
 raw("faccessat", lambda w: (AT_FDCWD, w.secret, os.R_OK), surface="files")
 raw("faccessat2", lambda w: (AT_FDCWD, w.secret, os.R_OK, 0), surface="files")
-raw("faccessat2", lambda w: (0, w.secret, os.R_OK, AT_EMPTY_PATH), surface="files", name="raw_faccessat2_empty_path_flag")
+raw(
+    "faccessat2",
+    lambda w: (0, w.secret, os.R_OK, AT_EMPTY_PATH),
+    surface="files",
+    name="raw_faccessat2_empty_path_flag",
+)
 
 
 def _reads_a_link(call: str) -> None:
     def target_is_told(world: World, answer: bytes) -> bool:
         return answer == os.fsencode(world.secret)
 
-    @attempt(surface="files", name=f"reads_a_link_by_{call}", refused_with=PermissionError, call=call, proof=target_is_told)
+    @attempt(
+        surface="files", name=f"reads_a_link_by_{call}", refused_with=PermissionError, call=call, proof=target_is_told
+    )
     def reads(outside: World) -> bytes:
         buffer = ctypes.create_string_buffer(4096)
         where = (outside.tree / "link",) if call == "readlink" else (AT_FDCWD, outside.tree / "link")
@@ -284,7 +291,10 @@ def empties_a_file_by_opening_it(outside: World) -> None:
 
 
 @attempt(
-    surface="files", refused_with=PermissionError, call="openat", effect=lambda w: w.secret.read_bytes().endswith(b"more")
+    surface="files",
+    refused_with=PermissionError,
+    call="openat",
+    effect=lambda w: w.secret.read_bytes().endswith(b"more"),
 )
 def appends_to_a_file(outside: World) -> None:
     with open(outside.secret, "ab") as file:
@@ -308,12 +318,23 @@ raw("fchownat", lambda w: (AT_FDCWD, w.secret, 12345, -1, 0), surface="files", e
 raw("utime", lambda w: (w.secret, struct.pack("qq", 1, 1)), surface="files", effect=_time_changed)
 raw("utimes", lambda w: (w.secret, struct.pack("qqqq", 1, 0, 1, 0)), surface="files", effect=_time_changed)
 raw("futimesat", lambda w: (AT_FDCWD, w.secret, struct.pack("qqqq", 1, 0, 1, 0)), surface="files", effect=_time_changed)
-raw("utimensat", lambda w: (AT_FDCWD, w.secret, struct.pack("qqqq", 1, 0, 1, 0), 0), surface="files", effect=_time_changed)
+raw(
+    "utimensat",
+    lambda w: (AT_FDCWD, w.secret, struct.pack("qqqq", 1, 0, 1, 0), 0),
+    surface="files",
+    effect=_time_changed,
+)
 for _call in ("setxattr", "lsetxattr"):
     raw(_call, lambda w: (w.secret, b"user.mark", b"1", 1, 0), surface="files", effect=_attribute_set)
 for _call in ("removexattr", "lremovexattr"):
     raw(_call, lambda w: (w.secret, b"user.token"), surface="files", arrange=_xattr, effect=_attribute_gone)
-raw("removexattrat", lambda w: (AT_FDCWD, w.secret, 0, b"user.token"), surface="files", arrange=_xattr, effect=_attribute_gone)
+raw(
+    "removexattrat",
+    lambda w: (AT_FDCWD, w.secret, 0, b"user.token"),
+    surface="files",
+    arrange=_xattr,
+    effect=_attribute_gone,
+)
 
 
 @attempt(surface="files", refused_with=PermissionError, call="setxattrat", effect=_attribute_set)
@@ -323,7 +344,9 @@ def sets_an_attribute_by_setxattrat(outside: World) -> None:
     native.call("setxattrat", AT_FDCWD, outside.secret, 0, b"user.mark", how, len(how))
 
 
-@attempt(surface="files", refused_with=PermissionError, call="file_setattr", outside=reaches(errno.EOPNOTSUPP, errno.ENOTTY))
+@attempt(
+    surface="files", refused_with=PermissionError, call="file_setattr", outside=reaches(errno.EOPNOTSUPP, errno.ENOTTY)
+)
 def sets_the_attributes_of_the_inode(outside: World) -> None:
     attributes = ctypes.create_string_buffer(24)
     native.call("file_setattr", AT_FDCWD, outside.secret, attributes, 24, 0)
@@ -369,18 +392,37 @@ def makes_a_root_of_its_own(outside: World) -> bytes:
 
 raw("chroot", lambda w: (b"/",), surface="files", privileged=True)
 raw("fchdir", lambda w: (12345,), surface="files", outside=reaches(errno.EBADF))
-raw("pivot_root", lambda w: (w.directory, w.directory), surface="files", outside=reaches(errno.EINVAL, errno.EBUSY), privileged=True)
-raw("mount", lambda w: (b"x", w.directory, b"no-such-file-system", 0, None), surface="files", outside=reaches(errno.ENODEV), privileged=True)
+raw(
+    "pivot_root",
+    lambda w: (w.directory, w.directory),
+    surface="files",
+    outside=reaches(errno.EINVAL, errno.EBUSY),
+    privileged=True,
+)
+raw(
+    "mount",
+    lambda w: (b"x", w.directory, b"no-such-file-system", 0, None),
+    surface="files",
+    outside=reaches(errno.ENODEV),
+    privileged=True,
+)
 raw("umount2", lambda w: (w.directory, 0), surface="files", outside=reaches(errno.EINVAL), privileged=True)
 raw("quotactl", lambda w: (0x80000700, None, 0, _STATFS), surface="files",
     outside=reaches(errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTBLK, errno.EFAULT, errno.ESRCH))  # fmt: skip
-raw("quotactl_fd", lambda w: (0, 0x80000700, 0, _STATFS), surface="files", outside=reaches(errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.ESRCH))
+raw(
+    "quotactl_fd",
+    lambda w: (0, 0x80000700, 0, _STATFS),
+    surface="files",
+    outside=reaches(errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.ESRCH),
+)
 raw("swapon", lambda w: (w.secret, 0), surface="files", outside=reaches(errno.EINVAL), privileged=True)
 raw("swapoff", lambda w: (w.marker,), surface="files", outside=reaches(errno.ENOENT, errno.EINVAL), privileged=True)
 raw("acct", lambda w: (w.marker,), surface="files", outside=reaches(errno.ENOENT), privileged=True)
 
 
-@attempt(surface="files", refused_with=PermissionError, call="name_to_handle_at", proof=lambda world, length: length > 0)
+@attempt(
+    surface="files", refused_with=PermissionError, call="name_to_handle_at", proof=lambda world, length: length > 0
+)
 def makes_a_handle_of_a_file(outside: World) -> int:
     handle = ctypes.create_string_buffer(struct.pack("Ii", 120, 0), 128)
     native.call("name_to_handle_at", AT_FDCWD, outside.secret, handle, ctypes.create_string_buffer(4), 0)
@@ -401,7 +443,9 @@ def opens_a_file_by_its_handle(outside: World) -> bytes:
 # -- watching ----------------------------------------------------------------------------------------------------------
 
 
-@attempt(surface="files", refused_with=PermissionError, call=("inotify_add_watch", "inotify_init1"), proof=lambda w, n: n > 0)
+@attempt(
+    surface="files", refused_with=PermissionError, call=("inotify_add_watch", "inotify_init1"), proof=lambda w, n: n > 0
+)
 def watches_a_directory(outside: World) -> int:
     descriptor = native.call("inotify_init1", 0)
     return native.call("inotify_add_watch", descriptor, outside.directory, 0x100)
@@ -409,5 +453,9 @@ def watches_a_directory(outside: World) -> int:
 
 raw("inotify_add_watch", lambda w: (0, w.directory, 0x100), surface="files", outside=reaches(errno.EINVAL))
 raw("fanotify_init", lambda w: (0, 0), surface="files", privileged=True)
-raw("fanotify_mark", lambda w: (0, 1, 0x20, AT_FDCWD, w.directory), surface="files", outside=reaches(errno.EINVAL, errno.EBADF))
-
+raw(
+    "fanotify_mark",
+    lambda w: (0, 1, 0x20, AT_FDCWD, w.directory),
+    surface="files",
+    outside=reaches(errno.EINVAL, errno.EBADF),
+)

@@ -227,7 +227,9 @@ class Answer:
         if self.kind == "returned":
             return f"returned {self.value!r}"
         if self.kind == "raised":
-            return f"raised {self.type_name} with errno {errno.errorcode.get(self.errno or 0, self.errno)}: {self.value}"
+            return (
+                f"raised {self.type_name} with errno {errno.errorcode.get(self.errno or 0, self.errno)}: {self.value}"
+            )
         return f"died by signal {self.signal}" if self.kind == "died" else self.kind
 
 
@@ -347,6 +349,45 @@ def run_inside(one: Attempt, world: World, **fields: Any) -> Run:
             return Run(Answer("died", str(death), signal=death.signal), happened(one, world), violations)
         violations = tuple(v.call for v in outcome.violations)
         return Run(Answer(*outcome.value), happened(one, world), violations, outcome.enforcement)
+
+
+def judge_outside(one: Attempt, directory: Path) -> str | None:
+    """Run the attempt outside, in the directory that is made for it. None if it got through, else what went wrong."""
+    if isinstance(one.outside, Unavailable):
+        return None if one.outside.probe() else f"this machine can do it after all: {one.outside.reason}"
+    with world_for(one, directory) as world:
+        return gets_through(one, world, run_outside(one, world))
+
+
+def judge_inside(one: Attempt, directory: Path, walls: dict[str, bool]) -> str | None:
+    """Run the attempt inside, in the directory that is made for it. None if it was refused, else what went wrong.
+
+    Where a wall that its grant needs is missing, compart must refuse to run it. PermissionError when this machine leaves
+    no way to arrange it.
+    """
+    import compart
+
+    with world_for(one, directory) as world:
+        if all(walls[wall] for wall in one.needs):
+            return is_refused(one, world, run_inside(one, world), listening=walls["listener"])
+        try:
+            run = run_inside(one, world)
+        except compart.UnsupportedError:
+            return None
+        return f"compart ran it without {' and '.join(one.needs)}: it {run.answer}"
+
+
+def walls_here() -> dict[str, bool]:
+    """Which walls a compartment gets on this machine."""
+    import compart
+
+    return {wall.name: wall.up for wall in compart.enforcement(compart.Policy()).walls}
+
+
+def refused_by_the_machine(one: Attempt, directory: Path) -> bool:
+    """Whether a filter around this very process refuses the call before compart's is asked, so that nobody is told."""
+    with world_for(one, directory) as world:
+        return run_outside(one, world).answer.errno == errno.EPERM
 
 
 def policy_fields(one: Attempt, world: World) -> dict[str, Any]:

@@ -41,7 +41,13 @@ def _queue(world: World) -> Iterator[None]:
     native.call("msgctl", world.queue, IPC_RMID, None)
 
 
-raw("shmget", lambda w: (int(w.token[:7], 16), 4096, 0), surface="ipc", name="looks_for_a_segment", outside=reaches(errno.ENOENT))
+raw(
+    "shmget",
+    lambda w: (int(w.token[:7], 16), 4096, 0),
+    surface="ipc",
+    name="looks_for_a_segment",
+    outside=reaches(errno.ENOENT),
+)
 
 
 @attempt(surface="ipc", refused_with=PermissionError, call="shmget", proof=lambda world, answer: answer == 0)
@@ -63,7 +69,13 @@ def makes_a_semaphore(outside: World) -> int:
 
 
 raw("semop", lambda w: (w.semaphore, struct.pack("Hhh", 0, 1, 0), 1), surface="ipc", arrange=_semaphore, effect=_raised)
-raw("semtimedop", lambda w: (w.semaphore, struct.pack("Hhh", 0, 1, 0), 1, None), surface="ipc", arrange=_semaphore, effect=_raised)
+raw(
+    "semtimedop",
+    lambda w: (w.semaphore, struct.pack("Hhh", 0, 1, 0), 1, None),
+    surface="ipc",
+    arrange=_semaphore,
+    effect=_raised,
+)
 raw("semctl", lambda w: (w.semaphore, 0, 16, 1), surface="ipc", arrange=_semaphore, effect=_raised)
 
 

@@ -19,7 +19,14 @@ NOT_BUILT = errno.ENOSYS
 
 
 def _owner(call: str, *arguments: Any, errnos: tuple[int, ...] = (), name: str = "", privileged: bool = True) -> None:
-    raw(call, lambda w: arguments, surface="kernel", name=name, privileged=privileged, outside=reaches(NOT_BUILT, *errnos))
+    raw(
+        call,
+        lambda w: arguments,
+        surface="kernel",
+        name=name,
+        privileged=privileged,
+        outside=reaches(NOT_BUILT, *errnos),
+    )
 
 
 def _anyone(call: str, *arguments: Any, errnos: tuple[int, ...] = (), name: str = "") -> None:
@@ -93,7 +100,13 @@ _PROGRAM = struct.pack("HxxxxxxQ", 1, ctypes.addressof(_ALLOW_ALL))
 
 
 def _takes_a_filter(name: str, flags: int) -> None:
-    @attempt(surface="kernel", name=name, refused_with=PermissionError, call=("seccomp", "prctl"), proof=lambda world, answer: answer >= 0)
+    @attempt(
+        surface="kernel",
+        name=name,
+        refused_with=PermissionError,
+        call=("seccomp", "prctl"),
+        proof=lambda world, answer: answer >= 0,
+    )
     def takes(outside: World) -> int:
         native.call("prctl", 38, 1, 0, 0, 0)
         return native.call("seccomp", 1, flags, _PROGRAM)
@@ -131,8 +144,14 @@ _by_number("a_number_between_the_tables", 400)
 _by_number("a_number_beyond_the_table", 600)
 _by_number("a_number_far_beyond_the_table", 0x3FFFFFFF)
 _by_number("a_negative_number", -2)
-_by_number("a_number_with_garbage_above", (1 << 32) | 2, b"/etc/passwd", 0, outside=reaches(errno.ENOSYS, errno.ENOENT), call=())
-
+_by_number(
+    "a_number_with_garbage_above",
+    (1 << 32) | 2,
+    b"/etc/passwd",
+    0,
+    outside=reaches(errno.ENOSYS, errno.ENOENT),
+    call=(),
+)
 
 
 def _no_i386() -> bool:
@@ -157,7 +176,13 @@ def _int80(name: str, number: int, *arguments: int, proof: Any, **options: Any) 
     missing = Unavailable("this kernel has no i386 entry", _without_i386) if _without_i386() else None
     options.setdefault("outside", missing)
 
-    @attempt(surface="kernel", name=f"int80_{name}", refused_with=(PermissionError, dies_by(signal.SIGSEGV)) if missing else PermissionError, proof=proof, **options)
+    @attempt(
+        surface="kernel",
+        name=f"int80_{name}",
+        refused_with=(PermissionError, dies_by(signal.SIGSEGV)) if missing else PermissionError,
+        proof=proof,
+        **options,
+    )
     def issues(outside: World) -> int:
         return native.checked(native.int80(number, *arguments))
 

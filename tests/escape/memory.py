@@ -96,39 +96,60 @@ raw("memfd_secret", lambda w: (0,), surface="memory", outside=reaches(errno.ENOS
 raw("userfaultfd", lambda w: (0,), surface="memory", privileged=True)
 raw("userfaultfd", lambda w: (1,), surface="memory", name="raw_userfaultfd_of_user_mode", outside=reaches(errno.EINVAL))
 raw("remap_file_pages", lambda w: (0, 0, 0, 0, 0), surface="memory", outside=reaches(errno.EINVAL))
-raw("map_shadow_stack", lambda w: (0, 4096, 0), surface="memory", outside=reaches(errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL))
+raw(
+    "map_shadow_stack",
+    lambda w: (0, 4096, 0),
+    surface="memory",
+    outside=reaches(errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
+)
 raw("pkey_alloc", lambda w: (0, 0), surface="memory", outside=reaches(errno.ENOSPC, errno.EINVAL))
 raw("mlockall", lambda w: (4,), surface="memory", outside=reaches(errno.EINVAL))
 
 
-@attempt(surface="memory", refused_with=(PermissionError, errno.ENOMEM, errno.EAGAIN), proof=lambda world, answer: answer == 0)
+@attempt(
+    surface="memory",
+    refused_with=(PermissionError, errno.ENOMEM, errno.EAGAIN),
+    proof=lambda world, answer: answer == 0,
+)
 def locks_memory(outside: World) -> int:
     size = 1 << 20
     return native.call("mlock", native.call("mmap", 0, size, READ | WRITE, PRIVATE_ANONYMOUS, -1, 0), size)
 
 
-@attempt(surface="memory", refused_with=(PermissionError, errno.EAGAIN, errno.ENOMEM), proof=lambda world, address: address > 0)
+@attempt(
+    surface="memory",
+    refused_with=(PermissionError, errno.EAGAIN, errno.ENOMEM),
+    proof=lambda world, address: address > 0,
+)
 def maps_locked_memory(outside: World) -> int:
     return native.call("mmap", 0, 1 << 20, READ | WRITE, PRIVATE_ANONYMOUS | 0x2000, -1, 0)
 
 
-@attempt(surface="memory", refused_with=errno.ENOMEM, policy={"memory": "64M"}, proof=lambda world, address: address > 0)
+@attempt(
+    surface="memory", refused_with=errno.ENOMEM, policy={"memory": "64M"}, proof=lambda world, address: address > 0
+)
 def maps_more_than_its_limit(outside: World) -> int:
     return native.call("mmap", 0, 256 << 20, READ | WRITE, PRIVATE_ANONYMOUS, -1, 0)
 
 
-@attempt(surface="memory", refused_with=errno.ENOMEM, policy={"memory": "64M"}, proof=lambda world, address: address > 0)
+@attempt(
+    surface="memory", refused_with=errno.ENOMEM, policy={"memory": "64M"}, proof=lambda world, address: address > 0
+)
 def maps_more_than_its_limit_without_reserving(outside: World) -> int:
     return native.call("mmap", 0, 256 << 20, 0, PRIVATE_ANONYMOUS | 0x4000, -1, 0)
 
 
-@attempt(surface="memory", refused_with=errno.ENOMEM, policy={"memory": "64M"}, proof=lambda world, address: address > 0)
+@attempt(
+    surface="memory", refused_with=errno.ENOMEM, policy={"memory": "64M"}, proof=lambda world, address: address > 0
+)
 def grows_a_mapping_beyond_its_limit(outside: World) -> int:
     address = native.call("mmap", 0, 4096, READ | WRITE, PRIVATE_ANONYMOUS, -1, 0)
     return native.call("mremap", address, 4096, 256 << 20, 1)
 
 
-@attempt(surface="memory", refused_with=MemoryError, policy={"memory": "64M"}, proof=lambda world, size: size == 256 << 20)
+@attempt(
+    surface="memory", refused_with=MemoryError, policy={"memory": "64M"}, proof=lambda world, size: size == 256 << 20
+)
 def allocates_more_than_its_limit(outside: World) -> int:
     return len(bytearray(256 << 20))
 
@@ -175,7 +196,11 @@ def _was_written(world: World) -> bool:
     return bytes(world.mapping[:7]) == b"changed"
 
 
-for _arrange, _name in ((_shared_anonymous, "an_anonymous_mapping"), (_shared_file, "a_mapped_file"), (_shared_block, "a_shared_block")):
+for _arrange, _name in (
+    (_shared_anonymous, "an_anonymous_mapping"),
+    (_shared_file, "a_mapped_file"),
+    (_shared_block, "a_shared_block"),
+):
 
     @attempt(surface="memory", name=f"writes_{_name}_of_the_host", refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), CONTAINED),
              arrange=_arrange, effect=_was_written)  # fmt: skip
@@ -194,4 +219,3 @@ for _arrange, _name in ((_shared_anonymous, "an_anonymous_mapping"), (_shared_fi
         # With an old size of 0 mremap makes a second mapping of the same shared pages.
         address = native.call("mremap", outside.address & ~4095, 0, 4096, 1)
         ctypes.memmove(address, b"changed", 7)
-

@@ -54,7 +54,12 @@ for _name, _socket in _FAMILIES.items():
         outside=None if _name in _EVERYWHERE else _ABSENT,
         privileged=_socket[1] == socket.SOCK_RAW,
     )
-raw("socket", lambda w: ((1 << 32) | socket.AF_INET, socket.SOCK_DGRAM, 0), surface="network", name="makes_a_socket_with_garbage_above_the_family")
+raw(
+    "socket",
+    lambda w: ((1 << 32) | socket.AF_INET, socket.SOCK_DGRAM, 0),
+    surface="network",
+    name="makes_a_socket_with_garbage_above_the_family",
+)
 raw("socketpair", lambda w: (socket.AF_INET, socket.SOCK_STREAM, 0, ctypes.create_string_buffer(8)), surface="network",
     name="raw_socketpair_of_inet", outside=reaches(errno.EOPNOTSUPP))  # fmt: skip
 raw("socketpair", lambda w: (30, socket.SOCK_STREAM, 0, ctypes.create_string_buffer(8)), surface="network",
@@ -213,7 +218,15 @@ def _on_a_granted_stream(call: str, arguments: Any, **options: Any) -> None:
     def gives(world: World) -> tuple[Any, ...]:
         return (socket.create_connection(world.address),)
 
-    raw(call, lambda w, s: (s.fileno(), *arguments(w)), surface="network", name=f"{call}_on_a_granted_socket", arrange=_tcp, gives=gives, **options)
+    raw(
+        call,
+        lambda w, s: (s.fileno(), *arguments(w)),
+        surface="network",
+        name=f"{call}_on_a_granted_socket",
+        arrange=_tcp,
+        gives=gives,
+        **options,
+    )
 
 
 _on_a_granted_stream("bind", lambda w: (_packed(w.address), 16), outside=reaches(errno.EINVAL, errno.EADDRINUSE))
@@ -227,19 +240,25 @@ _on_a_granted_stream("accept", lambda w: (None, None), outside=reaches(errno.EIN
 # socketpair is allowed, for event loops. A datagram pair is a socket like any other, and could send to any name.
 
 
-@attempt(surface="network", refused_with=PermissionError, call="sendto", arrange=_abstract_datagram, effect=_somebody_came)
+@attempt(
+    surface="network", refused_with=PermissionError, call="sendto", arrange=_abstract_datagram, effect=_somebody_came
+)
 def sends_from_its_own_pair_to_a_name(outside: World) -> None:
     here, _there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     here.sendto(b"x", outside.address)
 
 
-@attempt(surface="network", refused_with=PermissionError, call="sendmsg", arrange=_abstract_datagram, effect=_somebody_came)
+@attempt(
+    surface="network", refused_with=PermissionError, call="sendmsg", arrange=_abstract_datagram, effect=_somebody_came
+)
 def sends_a_message_from_its_own_pair_to_a_name(outside: World) -> None:
     here, _there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     here.sendmsg([b"x"], [], 0, outside.address)
 
 
-@attempt(surface="network", refused_with=PermissionError, call="sendmmsg", arrange=_abstract_datagram, effect=_somebody_came)
+@attempt(
+    surface="network", refused_with=PermissionError, call="sendmmsg", arrange=_abstract_datagram, effect=_somebody_came
+)
 def sends_many_messages_from_its_own_pair_to_a_name(outside: World) -> None:
     here, _there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     message = _message(_packed(outside.address), b"x")
@@ -257,7 +276,9 @@ def _message(name: bytes, text: bytes) -> Any:
     return message
 
 
-@attempt(surface="network", refused_with=PermissionError, call="connect", arrange=_abstract_datagram, effect=_somebody_came)
+@attempt(
+    surface="network", refused_with=PermissionError, call="connect", arrange=_abstract_datagram, effect=_somebody_came
+)
 def connects_its_own_pair_to_a_name(outside: World) -> None:
     here, _there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     here.connect(outside.address)
@@ -324,12 +345,25 @@ def attaches_a_program_to_its_own_pair(outside: World) -> int:
     return native.call("setsockopt", here.fileno(), socket.SOL_SOCKET, 26, filter_, 16)  # SO_ATTACH_FILTER
 
 
-raw("sendmsg", lambda w: (0, _message(b"", b"x"), 0), surface="network", name="raw_sendmsg_on_a_file", outside=reaches(errno.ENOTSOCK))
+raw(
+    "sendmsg",
+    lambda w: (0, _message(b"", b"x"), 0),
+    surface="network",
+    name="raw_sendmsg_on_a_file",
+    outside=reaches(errno.ENOTSOCK),
+)
 raw("recvmmsg", lambda w: (0, _message(b"", b"x"), 1, 0, None), surface="network", outside=reaches(errno.ENOTSOCK))
-raw("accept4", lambda w: (0, None, None, 0), surface="network", outside=reaches(errno.ENOTSOCK), refused_with=(PermissionError, errno.ENOTSOCK))
+raw(
+    "accept4",
+    lambda w: (0, None, None, 0),
+    surface="network",
+    outside=reaches(errno.ENOTSOCK),
+    refused_with=(PermissionError, errno.ENOTSOCK),
+)
 raw("bind", lambda w: (0, _packed(b"\0x"), 4), surface="network", outside=reaches(errno.ENOTSOCK))
 raw("connect", lambda w: (0, _packed(b"\0x"), 4), surface="network", outside=reaches(errno.ENOTSOCK))
 # The host reads the address of a refused call to say what it was: its length is the attempt's own.
 for _call in ("bind", "connect"):
     for _length in (-1, -(2**31), 2**31 - 1, 2**63 - 1):
-        raw(_call, lambda w, n=_length: (0, _packed(b"\0x"), n), surface="network", name=f"raw_{_call}_of_length_{_length}", outside=reaches(errno.ENOTSOCK))
+        raw(_call, lambda w, n=_length: (0, _packed(b"\0x"), n), surface="network", name=f"raw_{_call}_of_length_{_length}",
+            outside=reaches(errno.ENOTSOCK, errno.EINVAL))  # fmt: skip

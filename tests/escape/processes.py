@@ -168,7 +168,12 @@ def runs_a_command_by_libc(outside: World) -> None:
     os.system(f"echo > {outside.marker}")
 
 
-@attempt(surface="processes", refused_with=PermissionError, call=("clone", "vfork"), effect=lambda world: world.marker.exists())
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call=("clone", "vfork"),
+    effect=lambda world: world.marker.exists(),
+)
 def runs_a_command_by_posix_spawn(outside: World) -> None:
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"echo > {outside.marker}"], {})
     os.waitpid(pid, 0)
@@ -256,7 +261,11 @@ raw("process_mrelease", lambda w: (-1, 0), surface="processes", outside=reaches(
 raw("migrate_pages", lambda w: (w.host, 64, struct.pack("Q", 1), struct.pack("Q", 1)), surface="processes")
 raw("move_pages", lambda w: (w.host, 0, None, None, None, 0), surface="processes")
 raw("kcmp", lambda w: (w.host, w.host, 0, 0, 0), surface="processes")
-raw("get_robust_list", lambda w: (w.host, ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)), surface="processes")
+raw(
+    "get_robust_list",
+    lambda w: (w.host, ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)),
+    surface="processes",
+)
 
 # -- process descriptors -----------------------------------------------------------------------------------------------
 
@@ -266,7 +275,9 @@ raw("pidfd_getfd", lambda w: (-1, 0, 0), surface="processes", outside=reaches(er
 raw("pidfd_send_signal", lambda w: (-1, 0, None, 0), surface="processes", outside=reaches(errno.EBADF))
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="pidfd_open", arrange=lambda world: _open_the_secret(world))
+@attempt(
+    surface="processes", refused_with=PermissionError, call="pidfd_open", arrange=lambda world: _open_the_secret(world)
+)
 def steals_a_descriptor_of_the_host(outside: World) -> bytes:
     host = native.call("pidfd_open", outside.host, 0)
     return os.pread(native.call("pidfd_getfd", host, outside.descriptor, 0), 4096, 0)
@@ -311,7 +322,13 @@ raw("kill", lambda w: (-GROUP, 0), surface="processes", name="signals_a_process_
 raw("kill", lambda w: (-1, 0), surface="processes", name="signals_everybody")
 
 
-@attempt(surface="processes", refused_with=PermissionError, call=("fcntl", "ioctl"), arrange=_listen_for_signals, effect=_signalled)
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call=("fcntl", "ioctl"),
+    arrange=_listen_for_signals,
+    effect=_signalled,
+)
 def has_the_kernel_signal_the_host(outside: World) -> None:
     import fcntl
 
@@ -322,7 +339,9 @@ def has_the_kernel_signal_the_host(outside: World) -> None:
     os.write(write_end, b"x")
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="fcntl", arrange=_listen_for_signals, effect=_signalled)
+@attempt(
+    surface="processes", refused_with=PermissionError, call="fcntl", arrange=_listen_for_signals, effect=_signalled
+)
 def has_the_kernel_signal_a_thread_of_the_host(outside: World) -> None:
     read_end, write_end = os.pipe()
     native.call("fcntl", read_end, 15, struct.pack("ii", 0, outside.host))  # F_SETOWN_EX with F_OWNER_TID
@@ -331,7 +350,9 @@ def has_the_kernel_signal_a_thread_of_the_host(outside: World) -> None:
     os.write(write_end, b"x")
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="ioctl", arrange=_listen_for_signals, effect=_signalled)
+@attempt(
+    surface="processes", refused_with=PermissionError, call="ioctl", arrange=_listen_for_signals, effect=_signalled
+)
 def has_a_socket_signal_the_host(outside: World) -> None:
     import socket
 
@@ -344,7 +365,13 @@ def has_a_socket_signal_the_host(outside: World) -> None:
 
 def _timer_on(clock: int, name: str, **options: Any) -> None:
     event = struct.pack("Qii", 0, signal.SIGUSR1, 1).ljust(64, b"\0")  # SIGEV_NONE
-    raw("timer_create", lambda w: (_clock_of(w, clock), event, ctypes.create_string_buffer(8)), surface="processes", name=name, **options)
+    raw(
+        "timer_create",
+        lambda w: (_clock_of(w, clock), event, ctypes.create_string_buffer(8)),
+        surface="processes",
+        name=name,
+        **options,
+    )
 
 
 def _clock_of(world: World, kind: int) -> int:
@@ -362,9 +389,24 @@ def has_a_timer_signal_the_host(outside: World) -> int:
 
 
 _timer_on(2, "times_the_host_s_processor")
-raw("clock_gettime", lambda w: (_clock_of(w, 2), ctypes.create_string_buffer(16)), surface="processes", name="reads_the_host_s_processor_clock")
-raw("clock_getres", lambda w: (_clock_of(w, 2), ctypes.create_string_buffer(16)), surface="processes", name="asks_for_the_host_s_processor_clock")
-raw("clock_nanosleep", lambda w: (_clock_of(w, 2), 1, struct.pack("qq", 0, 1), None), surface="processes", name="sleeps_on_the_host_s_processor_clock")
+raw(
+    "clock_gettime",
+    lambda w: (_clock_of(w, 2), ctypes.create_string_buffer(16)),
+    surface="processes",
+    name="reads_the_host_s_processor_clock",
+)
+raw(
+    "clock_getres",
+    lambda w: (_clock_of(w, 2), ctypes.create_string_buffer(16)),
+    surface="processes",
+    name="asks_for_the_host_s_processor_clock",
+)
+raw(
+    "clock_nanosleep",
+    lambda w: (_clock_of(w, 2), 1, struct.pack("qq", 0, 1), None),
+    surface="processes",
+    name="sleeps_on_the_host_s_processor_clock",
+)
 
 # -- groups, sessions, scheduling, limits of others --------------------------------------------------------------------
 
@@ -387,7 +429,12 @@ raw("getpriority", lambda w: (0, w.host), surface="processes")
 raw("setpriority", lambda w: (2, 0, NICENESS), surface="processes", name="raw_setpriority_of_the_user")
 raw("ioprio_set", lambda w: (1, w.host, 0), surface="processes")
 raw("ioprio_get", lambda w: (1, w.host), surface="processes")
-raw("prlimit64", lambda w: (w.host, resource.RLIMIT_CORE, None, ctypes.create_string_buffer(16)), surface="processes", name="reads_the_host_s_limits")
+raw(
+    "prlimit64",
+    lambda w: (w.host, resource.RLIMIT_CORE, None, ctypes.create_string_buffer(16)),
+    surface="processes",
+    name="reads_the_host_s_limits",
+)
 
 
 def _core_limit(world: World) -> Iterator[None]:
@@ -409,8 +456,19 @@ def _prctl(name: str, *arguments: int, **options: Any) -> None:
     raw("prctl", lambda w: arguments, surface="processes", name=name, **options)
 
 
-raw("prctl", lambda w: (0x59616D61, w.host, 0, 0, 0), surface="processes", name="lets_the_host_trace_it", outside=reaches(errno.EINVAL))
-raw("prctl", lambda w: (35, 15, ctypes.create_string_buffer(4), 0, 0), surface="processes", name="asks_to_change_its_memory_map")  # PR_SET_MM, PR_SET_MM_MAP_SIZE
+raw(
+    "prctl",
+    lambda w: (0x59616D61, w.host, 0, 0, 0),
+    surface="processes",
+    name="lets_the_host_trace_it",
+    outside=reaches(errno.EINVAL),
+)
+raw(
+    "prctl",
+    lambda w: (35, 15, ctypes.create_string_buffer(4), 0, 0),
+    surface="processes",
+    name="asks_to_change_its_memory_map",
+)  # PR_SET_MM, PR_SET_MM_MAP_SIZE
 _prctl("takes_a_filter_by_prctl", 22, 2, 0, 0, 0, outside=reaches(errno.EFAULT))  # PR_SET_SECCOMP
 _prctl("clears_its_death_signal", 1, 0, 0, 0, 0)  # PR_SET_PDEATHSIG
 _prctl("adopts_orphans", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
@@ -419,7 +477,9 @@ _prctl("keeps_its_capabilities", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
 _prctl("drops_a_bound_of_its_capabilities", 24, 63, 0, 0, 0, outside=reaches(errno.EINVAL))  # PR_CAPBSET_DROP
 _prctl("sets_its_secure_bits", 28, 0, 0, 0, 0, privileged=True)  # PR_SET_SECUREBITS
 _prctl("stops_performance_counters", 31, 0, 0, 0, 0)  # PR_TASK_PERF_EVENTS_DISABLE
-_prctl("schedules_with_a_cookie", 62, 0, 0, 0, 0, outside=reaches(errno.ENODEV, errno.EINVAL, errno.EFAULT))  # PR_SCHED_CORE
+_prctl(
+    "schedules_with_a_cookie", 62, 0, 0, 0, 0, outside=reaches(errno.ENODEV, errno.EINVAL, errno.EFAULT)
+)  # PR_SCHED_CORE
 _prctl("dispatches_its_system_calls", 59, 1, 1, -1, 0, outside=reaches(errno.EINVAL))  # PR_SET_SYSCALL_USER_DISPATCH
 _prctl("hides_its_option_in_the_high_word", (1 << 32) | 1, 0, 0, 0, 0)  # the kernel reads 32 bits: PR_SET_PDEATHSIG
 _prctl("takes_an_unknown_option", 0x7FFF0001, 0, 0, 0, 0, outside=reaches(errno.EINVAL))
@@ -450,7 +510,13 @@ raw("setuid", lambda w: (os.getuid(),), surface="processes", name="raw_setuid_to
 
 for _flag, _name in ((CLONE_NEWNS, "mount"), (CLONE_NEWUTS, "uts"), (CLONE_NEWIPC, "ipc"), (CLONE_NEWPID, "pid"),
                      (CLONE_NEWNET, "network"), (CLONE_NEWCGROUP, "cgroup"), (CLONE_NEWTIME, "time")):  # fmt: skip
-    raw("unshare", lambda w, flag=_flag: (flag,), surface="processes", name=f"unshares_its_{_name}_namespace", privileged=True)
+    raw(
+        "unshare",
+        lambda w, flag=_flag: (flag,),
+        surface="processes",
+        name=f"unshares_its_{_name}_namespace",
+        privileged=True,
+    )
 raw("unshare", lambda w: (CLONE_NEWUSER,), surface="processes", name="unshares_its_user_namespace")
 raw("unshare", lambda w: (CLONE_FILES,), surface="processes", name="unshares_its_descriptors")
 

@@ -24,7 +24,18 @@ from typing import Any
 
 import pytest
 
-from compart import Buffer, CompartError, CompartmentDied, Directory, EncodeError, ProtocolError, ViolationError, _fast, message, sandboxed
+from compart import (
+    Buffer,
+    CompartError,
+    CompartmentDied,
+    Directory,
+    EncodeError,
+    ProtocolError,
+    ViolationError,
+    _fast,
+    message,
+    sandboxed,
+)
 from compart.backend.linux.filters import CONTROL, RESULT
 from compart.host import arena
 
@@ -107,7 +118,11 @@ class Loud(str):
         return 1
 
 
-@pytest.mark.parametrize("value", [Loud("x"), {Loud("x"): 1}, [Loud("x")], type, len, os, sys.stdout.write, lambda: 1, iter([1]), Exception("x")], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [Loud("x"), {Loud("x"): 1}, [Loud("x")], type, len, os, sys.stdout.write, lambda: 1, iter([1]), Exception("x")],
+    ids=repr,
+)
 def test_what_is_no_plain_value_is_not_sent(value: Any) -> None:
     with pytest.raises(EncodeError):
         confine(lambda: value)()

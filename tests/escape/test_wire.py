@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 
 import compart
-from compart import CompartError, CompartmentDied, CompartmentTimeout, EncodeError, ProtocolError, _fast, message, sandboxed
+from compart import (
+    CompartError,
+    CompartmentDied,
+    CompartmentTimeout,
+    EncodeError,
+    ProtocolError,
+    _fast,
+    message,
+    sandboxed,
+)
 from compart.backend.linux.filters import CONTROL, RESULT, TRACE
 from compart.host import arena
 
@@ -294,7 +303,9 @@ def test_an_answer_in_drops_runs_into_the_time_limit(unharmed: None) -> None:
         call(inside, timeout=0.3)
 
 
-@pytest.mark.parametrize("numbers", [(RESULT,), (CONTROL,), (TRACE,), (0, 1, 2), (RESULT, CONTROL, TRACE, 0, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "numbers", [(RESULT,), (CONTROL,), (TRACE,), (0, 1, 2), (RESULT, CONTROL, TRACE, 0, 1, 2)], ids=str
+)
 def test_closing_its_channel_ends_it_or_nothing(numbers: tuple[int, ...], unharmed: None) -> None:
     def inside() -> int:
         for number in numbers:

@@ -98,7 +98,9 @@ def disagreement(layout: Layout, number: int, arguments: tuple[int, ...], answer
         return None if answer == -data else f"is answered errno {data}, and was answered {answer}"
     if action == TRAP:
         # Repeated as fstat, of the descriptor and into the memory that it names.
-        return None if answer in (-errno.EBADF, -errno.EFAULT, -errno.EPERM) else f"is trapped, and was answered {answer}"
+        return (
+            None if answer in (-errno.EBADF, -errno.EFAULT, -errno.EPERM) else f"is trapped, and was answered {answer}"
+        )
     return f"has a verdict of {word:#x}, which compart does not use"
 
 
@@ -138,7 +140,18 @@ def test_garbage_in_refused_calls_does_the_host_no_harm(seed: int) -> None:
     layout = Layout(listener=LISTENING)
     source = random.Random(seed)
     memory = ctypes.create_string_buffer(os.urandom(8192), 8192)
-    interesting = (0, 1, -1, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63), 0xFFFF_8000_0000_0000, 2**32, native.code_address())
+    interesting = (
+        0,
+        1,
+        -1,
+        2**31 - 1,
+        -(2**31),
+        2**63 - 1,
+        -(2**63),
+        0xFFFF_8000_0000_0000,
+        2**32,
+        native.code_address(),
+    )
     interesting += tuple(ctypes.addressof(memory) + n for n in (0, 1, 4000, 8190))
     calls = []
     for number in range(470):
@@ -159,7 +172,19 @@ def test_the_oracle_refuses_and_allows() -> None:
     """The tests above compare two things; here is what at least must be in both."""
     layout = Layout(listener=LISTENING)
     refused = ERRNO | errno.EPERM if not LISTENING else NOTIFY
-    for name in ("open", "openat", "socket", "fork", "execve", "ptrace", "kill", "mount", "bpf", "io_uring_setup", "memfd_create"):
+    for name in (
+        "open",
+        "openat",
+        "socket",
+        "fork",
+        "execve",
+        "ptrace",
+        "kill",
+        "mount",
+        "bpf",
+        "io_uring_setup",
+        "memfd_create",
+    ):
         assert verdict(layout, native.NUMBERS[name], ZEROES) == refused, name
     for name in ("read", "mmap", "getpid", "exit_group", "futex"):
         assert verdict(layout, native.NUMBERS[name], ZEROES) == ALLOW, name

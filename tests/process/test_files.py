@@ -521,9 +521,9 @@ def test_a_granted_object_is_found_by_the_one_outside(path):
         @sandboxed(policy)
         def found():
             inside = compart.granted(file)
-            return inside is file, inside.read(4), inside.fileno() == compart.descriptor(file)
+            return inside.read(4), inside.fileno() == compart.descriptor(file), inside.fileno() >= 512
 
-        assert found() == (False, b"line", True)
+        assert found() == (b"line", True, True)
         assert compart.granted(file) is file
         assert compart.descriptor(file) == file.fileno()
 

@@ -116,8 +116,9 @@ def test_a_search_of_all_memory_of_a_compartment_finds_everything_but_secrets() 
     with Secret(ordinary):
         assert ordinary == bytes(32)
         memory = readable()
-        assert occurrences(half, memory) >= 1
         assert sandboxed(occurrences, timeout=40)(half, memory) == 0
+        # The host has it; this search comes last, as it copies what it finds.
+        assert occurrences(half, memory) >= 1
 
 
 def test_a_forked_host_has_none_either() -> None:

@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import datetime as dt
 import decimal
-import enum
 import fractions
 import io
 import math
@@ -85,13 +84,13 @@ VALUES = {
     "dict keys": {frozenset({1, 2}): 1, (1, ("x", None)): 2, -0.0: 3, True: 4},
     "sets": [set(), {1, "1", b"1"}, frozenset(), frozenset({(1, 2), frozenset()})],
     "dates": [dt.date(1, 1, 1), dt.date(9999, 12, 31)],
-    "times": [dt.time(), dt.time(23, 59, 59, 999_999), dt.time(1, tzinfo=dt.timezone.utc), dt.time(1, fold=1)],
+    "times": [dt.time(), dt.time(23, 59, 59, 999_999), dt.time(1, tzinfo=dt.UTC), dt.time(1, fold=1)],
     "moments": [dt.datetime(1, 1, 1), dt.datetime(2024, 2, 29, 1, 2, 3, 4), dt.datetime(2020, 1, 1, fold=1)],
     "zones": [
-        dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc),
+        dt.datetime(2020, 1, 1, tzinfo=dt.UTC),
         dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=-5, minutes=30))),
         dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=2), "named")),
-        dt.timezone.utc,
+        dt.UTC,
     ],
     "spans": [dt.timedelta(), dt.timedelta.min, dt.timedelta.max, dt.timedelta(days=-1, microseconds=3)],
     "decimals": [decimal.Decimal(text) for text in ("0", "-0.00", "1E+1000", "NaN", "sNaN12", "-Infinity", "3." + "1" * 500)],
@@ -377,7 +376,7 @@ PAGE = Page(3, Font("Times", Colour.BLUE), [Point(1, 2)], {"k": Font("Mono", Non
         ([PAGE], typing.List["Page"]),  # noqa: UP006
         (PAGE, "typing.Optional[annotated.Page]"),
     ],
-    ids=str,
+    ids=lambda part: str(part) if "Page(" not in str(part) else "value",
 )
 def test_the_annotation_may_name_it_anywhere(value, annotation):
     assert returns(value, annotation) == value

@@ -347,8 +347,14 @@ class Decoder:
         return values
 
     def take_enum(self, depth: int, key: int) -> Any:
-        members = self.registered("ENUM", key).__members__
-        return members[self.take(depth, 1)]
+        cls = self.registered("ENUM", key)
+        name = self.take(depth, 1)
+        if type(name) is int and issubclass(cls, enum.Flag):
+            made = cls(name)
+            if type(made) is not cls:
+                raise ValueError("no combination")
+            return made
+        return cls.__members__[name]
 
     def take_namedtuple(self, depth: int, key: int) -> Any:
         cls = self.registered("NAMEDTUPLE", key)

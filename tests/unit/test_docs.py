@@ -26,7 +26,9 @@ from compart.policy import WAIVABLE, WALLS
 
 ROOT = Path(__file__).parents[2]
 TOP = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (*(ROOT / name for name in TOP), *ROOT.glob("docs/*.md"))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in (*(ROOT / name for name in TOP), *ROOT.glob("docs/*.md"))
+}
 
 BLOCK = re.compile(r"<!-- runs -->\n```python\n(.*?)```(?:\s*<!-- prints -->\n```text\n(.*?)```)?", re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -62,11 +64,22 @@ def folder(tmp_path):
     return tmp_path
 
 
+NEEDS = {
+    "namespaces": ("Directory(", "grant.directory", "SystemExit"),
+    "landlock": ("SystemExit",),
+    "listener": ("ViolationError", "on_violation", "SystemExit"),
+}
+"""What an example cannot do without, by words that are in it."""
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.page}:{example.line}")
 def test_an_example_prints_what_it_says(example, folder):
+    for wall in compart.enforcement().missing & NEEDS.keys():
+        if any(word in example.source for word in NEEDS[wall]):
+            pytest.skip(f"this machine has no {wall}")
     (folder / "example.py").write_text(example.source)
     done = subprocess.run(
-        # Errors but for a stream that is left to the collector, as short examples do.
+        # A file that is left to the collector is no fault in a short example.
         [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "example.py"],
         cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": os.defpath}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
@@ -126,13 +139,21 @@ def test_every_wall_has_a_section_in_the_order_they_go_up():
 
 
 def test_the_readme_lists_every_error():
-    errors = {name for name in compart.__all__ if inspect.isclass(found := getattr(compart, name)) and issubclass(found, Exception)}
-    table = {name for row in rows(README, "Errors, by whose fault it is") for cell in row for name in CODE.findall(cell)}
+    errors = {
+        name
+        for name in compart.__all__
+        if inspect.isclass(found := getattr(compart, name)) and issubclass(found, Exception)
+    }
+    table = {
+        name for row in rows(README, "Errors, by whose fault it is") for cell in row for name in CODE.findall(cell)
+    }
     assert errors - {"CompartError"} <= table
 
 
 def test_every_constructor_of_grants_is_documented():
-    made = {f"grant.{name}" for name, found in vars(compart.grant).items() if inspect.isfunction(found) and name[0] != "_"}
+    made = {
+        f"grant.{name}" for name, found in vars(compart.grant).items() if inspect.isfunction(found) and name[0] != "_"
+    }
     made -= {"grant.path_text"}
     assert made == {name.split("(")[0] for name in names(row[0] for row in rows(README, "Grants"))}
 
@@ -142,7 +163,12 @@ def test_every_constructor_of_grants_is_documented():
 
 def quoted(pattern):
     """(page, match) for each piece of inline code that is matched from its start."""
-    return [(page, found) for page, text in PAGES.items() for code in CODE.findall(text) if (found := re.match(pattern, code))]
+    return [
+        (page, found)
+        for page, text in PAGES.items()
+        for code in CODE.findall(text)
+        if (found := re.match(pattern, code))
+    ]
 
 
 def resolve(dotted):
@@ -168,15 +194,23 @@ def test_dotted_names_exist():
             assert hasattr(getattr(compart, match[1]), match[2]), (page, match[0])
 
 
-def test_attributes_of_results_and_errors_exist():
-    has = {name for name in vars(compart.errors.Usage) | vars(compart.Enforcement) | vars(compart.Sandboxed)}
-    for kind in (compart.Outcome, compart.Violation, compart.Enforcement, compart.Wall, compart.Directory):
-        has |= set(dir(kind)) | {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set(dir(kind))
+def test_attributes_exist():
     for page, match in quoted(r"(Outcome|Violation|Enforcement|Directory|Policy)\.(\w+)$"):
         kind = getattr(compart, match[1])
-        assert hasattr(kind, match[2]) or match[2] in getattr(kind, "__slots__", ()), (page, match[0])
-    for _page, match in quoted(r"(\w+)\.mechanism$"):
-        assert "mechanism" in inspect.getsource(getattr(compart, match[1]))
+        fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+        assert match[2] in fields or hasattr(kind, match[2]), (page, match[0])
+
+
+def test_attributes_of_errors_exist():
+    made = {
+        "UnsupportedError": compart.UnsupportedError("seccomp", "why", "what to do"),
+        "RemoteError": compart.RemoteError("zipfile.BadZipFile", "text"),
+        "ViolationError": compart.ViolationError([compart.Violation("openat", {}, 1)]),
+        "CompartmentDied": compart.CompartmentDied("text"),
+    }
+    for _, error, when in rows(README, "Errors, by whose fault it is"):
+        for name in re.findall(r"`\.(\w+)`", when):
+            assert hasattr(made[CODE.match(error)[1]], name), (error, name)
 
 
 def test_names_of_errors_exist():

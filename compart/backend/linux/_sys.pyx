@@ -213,6 +213,8 @@ cdef extern from *:
         greg_t *r = ((ucontext_t *)context)->uc_mcontext.gregs;
         int kept = errno;
         (void)sig;
+        if (info->si_code != 1 /* SYS_SECCOMP */)
+            return;
         if (info->si_syscall == SYS_newfstatat) {
             const char *path = (const char *)r[REG_RSI];
             if ((path == NULL || *path == 0) && (r[REG_R10] & AT_EMPTY_PATH))
@@ -232,6 +234,8 @@ cdef extern from *:
         int kept = errno;
         long result = -EPERM;
         (void)sig;
+        if (info->si_code != 1 /* SYS_SECCOMP */)
+            return;
         if (info->si_syscall == SYS_newfstatat) {
             const char *path = (const char *)m->regs[1];
             if ((path == NULL || *path == 0) && (m->regs[3] & AT_EMPTY_PATH))

@@ -32,43 +32,16 @@ ADDFD_SETFD = 1
 STACK_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else 0
 """Sent to a thread whose call was refused: faulthandler writes its Python stack to the trace pipe."""
 
+MOST_THREADS = 256
+"""How many threads a compartment may have when its policy leaves that to `memory`: a thread without a stack costs none."""
+
 MOST_RECORDED = 100
 MOST_ANSWERED = 100_000
 MOST_TRACE = 1 << 20
 WAIT_KILLABLE_RECV = 1 << 5
 
-O_ACCMODE = 3
-O_NAMES = (
-    (1, "O_WRONLY"),
-    (2, "O_RDWR"),
-    (0o100, "O_CREAT"),
-    (0o1000, "O_TRUNC"),
-    (0o2000, "O_APPEND"),
-    (0o200000, "O_DIRECTORY"),
-)
-AT_FDCWD = -100
 SELF_DIRECTED = ("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 SELF_ASKED = ("sched_getaffinity", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "get_robust_list")
-
-PATH_CALLS = {
-    # name: (index of the directory descriptor or None, index of the path, index of open flags or None)
-    "open": (None, 0, 1), "openat": (0, 1, 2), "openat2": (0, 1, None), "creat": (None, 0, None),
-    "stat": (None, 0, None), "lstat": (None, 0, None), "newfstatat": (0, 1, None), "statx": (0, 1, None),
-    "access": (None, 0, None), "faccessat": (0, 1, None), "faccessat2": (0, 1, None),
-    "readlink": (None, 0, None), "readlinkat": (0, 1, None), "truncate": (None, 0, None), "statfs": (None, 0, None),
-    "mkdir": (None, 0, None), "mkdirat": (0, 1, None), "rmdir": (None, 0, None), "unlink": (None, 0, None),
-    "unlinkat": (0, 1, None), "rename": (None, 0, None), "renameat": (0, 1, None), "renameat2": (0, 1, None),
-    "link": (None, 0, None), "linkat": (0, 1, None), "symlink": (None, 1, None), "symlinkat": (1, 2, None),
-    "chmod": (None, 0, None), "fchmodat": (0, 1, None), "fchmodat2": (0, 1, None), "chown": (None, 0, None),
-    "lchown": (None, 0, None), "fchownat": (0, 1, None), "utime": (None, 0, None), "utimes": (None, 0, None),
-    "futimesat": (0, 1, None), "utimensat": (0, 1, None), "chdir": (None, 0, None), "chroot": (None, 0, None),
-    "mknod": (None, 0, None), "mknodat": (0, 1, None), "execve": (None, 0, None), "execveat": (0, 1, None),
-    "getxattr": (None, 0, None), "lgetxattr": (None, 0, None), "setxattr": (None, 0, None), "listxattr": (None, 0, None),
-    "inotify_add_watch": (0, 1, None), "name_to_handle_at": (0, 1, None), "mount": (None, 1, None),
-    "umount2": (None, 0, None), "pivot_root": (None, 0, None), "open_tree": (0, 1, None), "fsopen": (None, 0, None),
-    "mq_open": (None, 0, None), "mq_unlink": (None, 0, None), "memfd_create": (None, 0, None), "swapon": (None, 0, None),
-    "acct": (None, 0, None), "uselib": (None, 0, None),
-}  # fmt: skip
 
 QUIET = (
     "/sys/devices/system/cpu/online",
@@ -165,8 +138,8 @@ class Supervisor:
 
     def _continues(self, call: str, thread: int, args: tuple[int, ...]) -> bool:
         if call in SELF_DIRECTED or call in SELF_ASKED:
-            return self._is_self(call, _int(args[0]))
-        if call == "clone" and self.policy.threads is not None:
+            return self._is_self(call, signed(args[0]))
+        if call == "clone":
             return self._may_make_thread(args)
         if self.paths and call in BOUNDED_BY_ROOT:
             return plain_mode(call, args) and self._is_granted(call, thread, args)
@@ -181,8 +154,8 @@ class Supervisor:
         return args[0] & 0xFFFFFFFF & ~0x400000 == filters.CLONE_THREAD_FLAGS
 
     def _may_make_thread(self, args: tuple[int, ...]) -> bool:
-        limit = self.policy.threads
-        if limit is None or not self._makes_thread(args):
+        limit = MOST_THREADS if self.policy.threads is None else self.policy.threads
+        if not self._makes_thread(args):
             return False
         with contextlib.suppress(OSError):
             # Clones are answered one at a time and each waits for its answer, so at most the one that was just
@@ -191,16 +164,16 @@ class Supervisor:
         return False
 
     def _refuses_thread(self, args: tuple[int, ...]) -> bool:
-        if self.policy.threads is None or not self._makes_thread(args):
+        if not self._makes_thread(args):
             return False
         self.threads_refused += 1
         return True
 
     def _is_granted(self, call: str, thread: int, args: tuple[int, ...]) -> bool:
-        directory, index, _ = PATH_CALLS[call]
-        if directory is not None and _int(args[directory]) != AT_FDCWD:
+        directory, index, _ = decode.PATH_CALLS[call]
+        if directory is not None and signed(args[directory]) != decode.AT_FDCWD:
             return False
-        text = self._text(thread, args[index])
+        text = decode.read_text(thread, args[index])
         if text is None:
             return False
         path = os.path.normpath(os.path.join(self.cwd, text))
@@ -214,7 +187,7 @@ class Supervisor:
     def _copied(self, call: str, args: tuple[int, ...]) -> int | None:
         command = args[1] & 0xFFFFFFFF
         copies = call == "dup" or (call == "fcntl" and command in (filters.F_DUPFD, filters.F_DUPFD_CLOEXEC))
-        number = _int(args[0])
+        number = signed(args[0])
         return number if copies and number in self.granted else None
 
     def _install_copy(self, ident: int, source: int, *, cloexec: bool) -> None:
@@ -249,7 +222,7 @@ class Supervisor:
             resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (self.policy.open_files, hard))
 
     def _is_quiet(self, call: str, thread: int, args: tuple[int, ...]) -> bool:
-        return self._text(thread, args[PATH_CALLS[call][1]]) in QUIET
+        return decode.read_text(thread, args[decode.PATH_CALLS[call][1]]) in QUIET
 
     # ---- what it was, for people ---------------------------------------------------------------------------------------
 
@@ -261,56 +234,6 @@ class Supervisor:
         ask = self.policy.on_violation != "kill"
         self.drafts.append(_Draft(call, number, arguments, thread, asked_stack=ask))
         return True
-
-    def _arguments(self, call: str, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-        decode = DECODERS.get(call)
-        if decode is not None:
-            return decode(self, thread, args)
-        if call in PATH_CALLS:
-            return self._path_arguments(call, thread, args)
-        return {f"arg{n}": hex(value) for n, value in enumerate(args) if value} or {}
-
-    def _path_arguments(self, call: str, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-        directory, index, flags = PATH_CALLS[call]
-        found: dict[str, object] = {}
-        if directory is not None and _int(args[directory]) != AT_FDCWD:
-            found["directory"] = self._fd(args[directory])
-        text = self._text(thread, args[index])
-        found["path"] = text if text is not None else hex(args[index])
-        if flags is not None:
-            found["flags"] = _open_flags(args[flags])
-        return found
-
-    def _text(self, thread: int, address: int, most: int = 4096) -> str | None:
-        """A NUL-terminated string of the other process; None when it has no such memory."""
-        taken = bytearray()
-        while len(taken) < most:
-            # Up to the end of a page at a time: the next one may not be there.
-            step = min(4096 - (address + len(taken)) % 4096, most - len(taken))
-            try:
-                piece = _sys.process_vm_readv(thread, address + len(taken), step)
-            except OSError:
-                return None
-            taken += piece
-            if b"\0" in piece:
-                return bytes(taken[: taken.index(0)]).decode(errors="backslashreplace")
-            if len(piece) < step:
-                return None
-        return bytes(taken).decode(errors="backslashreplace") + "…"
-
-    def _bytes(self, thread: int, address: int, length: int) -> bytes:
-        try:
-            return _sys.process_vm_readv(thread, address, min(length, 256)) if length else b""
-        except OSError:
-            return b""
-
-    def _fd(self, value: int) -> str:
-        """A descriptor for people: its number, and its rights when it was granted."""
-        number = _int(value)
-        index = (number - filters.FIRST_GRANT) // filters.WIDTH
-        if number >= filters.FIRST_GRANT and index < len(self.ranges):
-            return f"fd {number} ({self.ranges[index]!r})"
-        return f"fd {number}"
 
     # ---- stacks and hints from the trace pipe -----------------------------------------------------------------------------
 
@@ -352,48 +275,6 @@ class Supervisor:
 STACK_LINE = re.compile(r'  File "([^"]{1,4096})", line (\d{1,9}) in (\S{1,500})')
 
 
-def suggest(call: str, arguments: dict[str, object], module: str = "") -> str:
-    """The line that would allow a call; "" when compart has none."""
-    if module and call in ("open", "openat", "stat", "newfstatat", "lstat", "readlink"):
-        return f"Policy(preload=[{module!r}])"
-    if call in ("open", "openat", "creat", "truncate"):
-        path, flags = arguments.get("path"), str(arguments.get("flags", ""))
-        if not isinstance(path, str) or not path.startswith("/"):
-            return ""
-        if "O_DIRECTORY" in flags:
-            return f"grant.directory({path!r}, 'r')"
-        mode = "rw" if (call != "open" and call != "openat") or "O_WRONLY" in flags or "O_RDWR" in flags else "r"
-        if "O_CREAT" in flags:
-            return f"grant.directory({os.path.dirname(path)!r}, 'rw')"
-        return f"grant.file({path!r}, {mode!r}), or open it outside and pass it as an argument"
-    if call in ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"):
-        path = arguments.get("path")
-        if not isinstance(path, str) or path[:1] != "/" or path == "/":
-            return ""
-        parent = os.path.dirname(path)
-        return f"grant.directory({path if parent == '/' else parent!r}, 'r')"
-    if call in ("socket", "connect", "bind"):
-        return "connect outside and pass the socket as an argument"
-    if call == "memfd_create":
-        return "use bytes or a bytearray"
-    descriptor = str(arguments.get("descriptor", ""))
-    if "(" in descriptor and call in NEEDS:
-        return f"hand it over with {NEEDS[call]}: open it outside in a mode that has it"
-    return ""
-
-
-NEEDS = {
-    "write": "CAP_WRITE", "writev": "CAP_WRITE", "pwrite64": "CAP_PWRITE", "read": "CAP_READ", "readv": "CAP_READ",
-    "pread64": "CAP_PREAD", "lseek": "CAP_SEEK", "ftruncate": "CAP_FTRUNCATE", "fsync": "CAP_FSYNC", "mmap": "CAP_MMAP_RW",
-    "sendto": "CAP_SEND", "recvfrom": "CAP_RECV", "shutdown": "CAP_SHUTDOWN", "fallocate": "CAP_WRITE",
-}  # fmt: skip
-
-
-def _int(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value & 0x80000000 else value
-
-
 def plain_mode(call: str, args: tuple[int, ...]) -> bool:
     """Whether a call that may make a file asks for no set-user-ID bits; the table's conditions, on registers."""
 
@@ -401,119 +282,3 @@ def plain_mode(call: str, args: tuple[int, ...]) -> bool:
         return args[condition.arg] & condition.mask == condition.value
 
     return any(all(holds(c) for c in every if isinstance(c, Masked)) for every in filters.plain_modes(call))
-
-
-def _open_flags(value: int) -> str:
-    names = [name for bit, name in O_NAMES if (value & O_ACCMODE) == bit or (bit > O_ACCMODE and value & bit == bit)]
-    if not value & O_ACCMODE:
-        names.insert(0, "O_RDONLY")
-    return "|".join(names)
-
-
-def _name_of(prefix: str, value: int) -> str:
-    for name, constant in vars(socket).items():
-        if name.startswith(prefix) and isinstance(constant, int) and constant == value:
-            return name
-    return f"{prefix}{value}"
-
-
-def _socket(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    kind = _name_of("SOCK_", args[1] & 0xF)
-    return {"domain": _name_of("AF_", _int(args[0])), "type": kind, "protocol": _int(args[2])}
-
-
-def _address(position: int) -> Callable[[Supervisor, int, tuple[int, ...]], dict[str, object]]:
-    def decode(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-        raw = s._bytes(thread, args[position], _int(args[position + 1]) if args[position] else 0)
-        return {"descriptor": s._fd(args[0]), "address": _sockaddr(raw)}
-
-    return decode
-
-
-def _sockaddr(raw: bytes) -> str:
-    if len(raw) < 2:
-        return "no address"
-    family = struct.unpack_from("=H", raw)[0]
-    if family == socket.AF_INET and len(raw) >= 8:
-        return f"{socket.inet_ntop(socket.AF_INET, raw[4:8])}:{struct.unpack_from('>H', raw, 2)[0]}"
-    if family == socket.AF_INET6 and len(raw) >= 24:
-        return f"[{socket.inet_ntop(socket.AF_INET6, raw[8:24])}]:{struct.unpack_from('>H', raw, 2)[0]}"
-    if family == socket.AF_UNIX:
-        name = raw[2:]
-        shown = name.split(b"\0")[0] if name[:1] != b"\0" else b"@" + name[1:].rstrip(b"\0")
-        return shown.decode(errors="backslashreplace")
-    return f"address of family {family}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _kill(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    return {"target": f"process {_int(args[0])}", "signal": _signal_name(_int(args[1]))}
-
-
-def _tgkill(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    return {"target": f"process {_int(args[0])}", "thread": _int(args[1]), "signal": _signal_name(_int(args[2]))}
-
-
-def _descriptor(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    return {"descriptor": s._fd(args[0])}
-
-
-def _command(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    command = args[1] & 0xFFFFFFFF
-    return {"descriptor": s._fd(args[0]), "command": COMMANDS.get(command, hex(command))}
-
-
-COMMANDS = {
-    value: name
-    for module, prefix in ((fcntl, "F_"), (termios, "T"), (termios, "FIO"))
-    for name, value in vars(module).items()
-    if name.startswith(prefix) and isinstance(value, int) and (module is fcntl or value > 0x5000)
-}
-
-
-def _clone(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    known = ((0x100, "CLONE_VM"), (0x4000, "CLONE_VFORK"), (0x10000, "CLONE_THREAD"), (0x20000, "CLONE_NEWNS"),
-             (0x10000000, "CLONE_NEWUSER"), (0x20000000, "CLONE_NEWPID"), (0x40000000, "CLONE_NEWNET"))  # fmt: skip
-    names = [name for bit, name in known if args[0] & bit]
-    return {"what": "(a new thread)" if args[0] & 0x10000 else "(a new process)", "flags": "|".join(names)}
-
-
-def _nothing(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    return {}
-
-
-def _protection(s: Supervisor, thread: int, args: tuple[int, ...]) -> dict[str, object]:
-    names = [name for bit, name in ((1, "PROT_READ"), (2, "PROT_WRITE"), (4, "PROT_EXEC")) if args[2] & bit]
-    return {"length": args[1], "protection": "|".join(names) or "PROT_NONE"}
-
-
-DECODERS: dict[str, Callable[[Supervisor, int, tuple[int, ...]], dict[str, object]]] = {
-    "socket": _socket,
-    "socketpair": _socket,
-    "connect": _address(1),
-    "bind": _address(1),
-    "sendto": _address(4),
-    "kill": _kill,
-    "tkill": _kill,
-    "rt_sigqueueinfo": _kill,
-    "tgkill": _tgkill,
-    "fcntl": _command,
-    "ioctl": _command,
-    "mmap": _protection,
-    "mprotect": _protection,
-    "clone": _clone,
-    "fork": _nothing,
-    "vfork": _nothing,
-    **dict.fromkeys(
-        ("read", "write", "pread64", "pwrite64", "readv", "writev", "lseek", "fstat", "ftruncate", "fchmod", "fchown",
-         "flock", "fsync", "fdatasync", "dup", "dup2", "dup3", "fchdir", "sendmsg", "recvmsg", "listen", "accept",
-         "accept4", "setsockopt", "getsockopt", "shutdown", "fsetxattr", "fgetxattr", "close", "close_range"),
-        _descriptor,
-    ),
-}  # fmt: skip

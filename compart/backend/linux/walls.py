@@ -170,7 +170,7 @@ class Linux:
             by_name=_widest(grant.mode for grant in by_name),
             beneath=_widest(item.mode for item in directories),
             listener=listener,
-            count_threads=policy.threads is not None,
+            count_threads=listener,
         )
         ruleset, owned = _ruleset(policy, by_name, directories)
         try:
@@ -251,8 +251,9 @@ class Linux:
             wall = "seccomp"
             _sys.install_trap()
             listener = _sys.seccomp(plan.program, plan.flags) if plan.program else 0
+            # Told even without a listener: from now on nothing that it says of its walls is believed.
+            _fast.send_fds(CONTROL, b"L", [listener] if listener else [])
             if listener:
-                _fast.send_fds(CONTROL, b"L", [listener])
                 os.close(listener)
         except BaseException as error:
             reason = f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else repr(error)
