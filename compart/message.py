@@ -93,9 +93,13 @@ def read_value(
 
 @dataclass(slots=True)
 class Raised:
-    """An exception as a compartment told it; all of it a stranger's words."""
+    """An exception as a compartment told it; all of it a stranger's words.
+
+    `builtin` names the nearest builtin exception that it derives from: itself, for a builtin one.
+    """
 
     type_name: str
+    builtin: str
     args: tuple[Any, ...] | None
     text: str
     notes: list[str]
@@ -121,12 +125,15 @@ def read_error(frame: bytes, limit: int) -> Raised:
     read = []
     for frame_ in frames[: MOST_FRAMES * 2]:
         match frame_:
-            case (str(file), int(line), str(function)):
+            case (str(file), int(line), str(function)) if 0 <= line < 1 << 31:
                 read.append(Frame(file[:4096], line, function[:500]))
             case _:
                 raise ProtocolError("the compartment sent a stack of another shape")
     kept = [note for note in notes[:16] if isinstance(note, str)]
-    return Raised(type_name[:500], args, text[: 1 << 16], kept, read, context[: 1 << 16], attributes)
+    builtin = value.get("builtin", type_name)
+    if not isinstance(builtin, str):
+        raise ProtocolError("the compartment sent an exception of another shape")
+    return Raised(type_name[:500], builtin[:500], args, text[: 1 << 16], kept, read, context[: 1 << 16], attributes)
 
 
 def builtin_exception(name: str) -> type[Exception] | None:

@@ -18,7 +18,7 @@ class Frame:
     function: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.function}"
+        return printable(f"{self.file}:{self.line} in {self.function}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ class Violation:
 
     @property
     def what(self) -> str:
-        """The call with its arguments: `openat "/etc/passwd" O_RDONLY`."""
-        shown = " ".join(f"{_quoted(value)}" for value in self.arguments.values())
-        return f"{self.call} {shown}".rstrip()
+        """The call with its arguments, in one line: `openat "/etc/passwd" O_RDONLY`."""
+        shown = " ".join(_quoted(name, value) for name, value in self.arguments.items())
+        return printable(f"{self.call} {shown}".rstrip())
 
     def __str__(self) -> str:
         text = f"{self.what} was refused"
@@ -59,10 +59,22 @@ class Violation:
             text += f" at {site}"
         if self.suggestion:
             text += f"; to allow it: {self.suggestion}"
+        return printable(text)
+
+
+def printable(text: str) -> str:
+    """The text with every newline, escape sequence and invisible character as its escape, for a log or a terminal."""
+    if text.isprintable():
         return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _quoted(value: object) -> str:
-    if isinstance(value, str) and value.startswith(("/", ".", "@")):
-        return f'"{value}"'
-    return str(value)
+STRANGERS = ("path", "to", "address")
+"""Arguments whose text the compartment chose freely: quoted, so that it cannot pass for the rest of the sentence."""
+
+
+def _quoted(name: str, value: object) -> str:
+    text = str(value)
+    if name in STRANGERS:
+        return '"' + text.replace('"', '\\"') + '"'
+    return text

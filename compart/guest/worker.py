@@ -6,6 +6,7 @@ belongs to the attacker, and nothing that it says is believed by the host.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import io
@@ -216,7 +217,7 @@ def _describe(item: object) -> tuple[str, object, int] | None:
     )
 
 
-_ERROR_ATTRIBUTES = ("errno", "strerror", "filename", "name", "path")
+_ERROR_ATTRIBUTES = ("errno", "strerror", "filename", "filename2", "name", "path")
 
 
 def _send_error(error: BaseException) -> None:
@@ -248,9 +249,10 @@ def _error_body(error: BaseException, args: tuple[Any, ...] | None) -> bytes:
             attributes[attribute] = value[:4096] if isinstance(value, (str, bytes)) else value
     said = {
         "type": name,
+        "builtin": next((base.__name__ for base in kind.__mro__ if getattr(builtins, base.__name__, None) is base), ""),
         "args": args,
-        "text": str(error)[:16000],
-        "notes": [str(note)[:4000] for note in getattr(error, "__notes__", ())[:16]],
+        "text": _words(error)[:16000],
+        "notes": [_words(note)[:4000] for note in getattr(error, "__notes__", ())[:16]],
         "frames": frames,
         "context": _context(error),
         "attributes": attributes,
@@ -268,20 +270,40 @@ def plain_args(error: BaseException) -> tuple[Any, ...] | None:
     return None
 
 
+def _words(value: object) -> str:
+    """What a value says of itself; nothing when its own methods raise."""
+    try:
+        return str(value)
+    except Exception:
+        return ""
+
+
 def _context(error: BaseException) -> str:
-    """What led to the exception, as one line for each step back."""
-    lines: list[str] = []
+    """What led to the exception, as one line for each step back; below each group its members, depth first."""
+    lines = _members(error, "")
     seen = {id(error)}
     step: BaseException | None = error
-    while step is not None and len(lines) < 8:
+    while step is not None and len(seen) <= 8:
         cause = step.__cause__ or (None if step.__suppress_context__ else step.__context__)
         if cause is None or id(cause) in seen:
             break
         how = "caused by" if step.__cause__ is not None else "while handling"
-        lines.append(f"{how} {type(cause).__name__}: {str(cause)[:500]}")
+        lines.append(f"{how} {type(cause).__name__}: {_words(cause)[:500]}")
+        lines += _members(cause, "")
         seen.add(id(cause))
         step = cause
-    return "\n".join(lines)
+    return "\n".join(lines)[:16000]
+
+
+def _members(group: BaseException, number: str) -> list[str]:
+    lines: list[str] = []
+    if isinstance(group, BaseExceptionGroup) and number.count(".") < 4:
+        for n, member in enumerate(group.exceptions[:16], 1):
+            if len(lines) >= 64:
+                break
+            lines.append(f"  member {number}{n}: {type(member).__name__}: {_words(member)[:500]}")
+            lines += _members(member, f"{number}{n}.")
+    return lines[:64]
 
 
 # ---- making the inherited interpreter fit for a life inside -----------------------------------------------------------------

@@ -510,7 +510,7 @@ class Compartment:
 
     def _raised(self, body: bytes) -> BaseException:
         said = message.read_error(body, self.policy.result_limit)
-        if said.type_name == "MemoryError" and self.policy.memory_bytes is not None:
+        if said.builtin == "MemoryError" and self.policy.memory_bytes is not None:
             error: BaseException = MemoryLimitError(
                 self._limit_text("memory", f"{self.policy.memory_bytes / 2**20:.0f} MiB above its start"),
                 limit="memory", value=self.policy.memory_bytes, usage=self.usage, stderr=self._text(self.stderr),

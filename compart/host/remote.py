@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compart.errors import ClosedError, NotCapableError, PolicyError, RemoteError, RemoteTraceback
 from compart.message import Raised, builtin_exception
+from compart.violation import printable
 
 if TYPE_CHECKING:
     from compart.host.compartment import Call
@@ -34,16 +35,39 @@ def _builtin(said: Raised) -> BaseException | None:
     attributes = said.attributes
     try:
         if issubclass(kind, OSError) and len(args) == 2 and "filename" in attributes:
-            error: BaseException = kind(*args, attributes["filename"])
+            # The third is Windows's error number, which is nothing here.
+            names = (attributes["filename"], None, attributes.get("filename2"))
+            error: BaseException = kind(*args, *names) if "filename2" in attributes else kind(*args, names[0])
         else:
             error = kind(*args)
-        if isinstance(error, ImportError):
+        if isinstance(error, (ImportError, AttributeError, NameError)):
+            # Not name_from: the traceback module would import the module `name` to suggest another.
             error.name = _text(attributes.get("name"))
+        if isinstance(error, ImportError):
             error.path = _text(attributes.get("path"))
     except Exception:
         return None
     # OSError(errno) picks a subclass; the name that was told must agree with it.
-    return error if type(error) is kind else None
+    return error if type(error) is kind and _may_be_printed(error) else None
+
+
+MOST_COLUMN = 1 << 18
+
+
+def _may_be_printed(error: BaseException) -> bool:
+    """Whether the places that an exception names are there; CPython trusts them when it prints one.
+
+    str(UnicodeDecodeError) reads the byte at `start` wherever that is, outside of the object too (python/cpython#123378;
+    3.11.7, 3.12.1 and 3.13.0 crash), and a traceback of a SyntaxError draws a caret for each column up to `end_offset`.
+    """
+    if isinstance(error, (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)):
+        return 0 <= error.start <= error.end <= len(error.object)
+    if isinstance(error, SyntaxError):
+        columns = (error.lineno, error.offset, error.end_lineno, error.end_offset)
+        return isinstance(error.text, str | None) and all(
+            column is None or (isinstance(column, int) and -1 <= column <= MOST_COLUMN) for column in columns
+        )
+    return True
 
 
 def _ours(said: Raised) -> BaseException | None:
@@ -66,17 +90,18 @@ def _text(value: Any) -> str | None:
 
 
 def traceback_of(said: Raised, call: Call) -> RemoteTraceback:
-    """The frames inside as text, as a traceback shows them."""
+    """The frames inside as text, as a traceback shows them. No name or text in it forges a line or moves a terminal."""
     readable = _readable(call)
     lines = ["Traceback inside the compartment (most recent call last):"]
     for frame in said.frames:
-        lines.append(f'  File "{frame.file}", line {frame.line}, in {frame.function}')
+        lines.append(printable(f'  File "{frame.file}", line {frame.line}, in {frame.function}'))
         if frame.file in readable:
             source = linecache.getline(frame.file, frame.line).strip()
             if source:
                 lines.append(f"    {source[:500]}")
-    lines.append(f"{said.type_name}: {said.text}" if said.text else said.type_name)
-    lines += said.context.splitlines()
+    name = printable(said.type_name)
+    told = f"{name}: {said.text}" if said.text else name
+    lines += [printable(line) for line in (*told.split("\n"), *said.context.split("\n"))]
     return RemoteTraceback("\n".join(lines))
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.escape.framework import NOBODY_TOLD, judge_inside, refused_by_the_machine, walls_here
+from tests.escape.framework import NoWayError, judge_inside, walls_here
 from tests.escape.table import ATTEMPTS
 
 
@@ -17,16 +17,14 @@ def main() -> int:
     refused = through = skipped = 0
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, one) in enumerate(ATTEMPTS.items()):
-            directory = Path(scratch, str(number))
             try:
-                said = judge_inside(one, directory, walls)
-            except PermissionError as error:
-                print(f"skipped {name}: it cannot be arranged here: {error}")
+                said = judge_inside(one, Path(scratch, str(number)), walls, strict=False)
+            except NoWayError as error:
+                print(f"skipped {error}")
                 skipped += 1
                 continue
-            if said is not None and said.startswith(NOBODY_TOLD):
-                if refused_by_the_machine(one, directory.with_suffix(".machine")):
-                    said = None
+            except Exception as error:
+                said = f"compart failed: {error!r}"
             if said is None:
                 refused += 1
             else:

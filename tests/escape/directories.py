@@ -586,7 +586,7 @@ def makes_a_file_set_its_user_in_a_granted_directory(outside: World) -> None:
     (outside.tree / "inside").chmod(0o4755)
 
 
-@by_name(refused_with=NOWHERE, proof=lambda world, names: "secret" in names)
+@by_name(refused_with=HERE, proof=lambda world, names: "secret" in names)
 def lists_beside_a_granted_directory(outside: World) -> list[str]:
     return os.listdir(outside.directory)
 
@@ -616,7 +616,9 @@ def _file_by_name(mode: str) -> Callable[[World], dict[str, Any]]:
 def file_by_name(
     mode: str = "r", *, refused_with: Any = NOWHERE, **options: Any
 ) -> Callable[[Callable[..., Any]], Any]:
-    return attempt(surface="directories", refused_with=refused_with, policy=_file_by_name(mode), **options)
+    # A name that may only be written to is bounded by Landlock alone.
+    needs = {"namespaces", "landlock"} if mode == "w" else {"namespaces"}
+    return attempt(surface="directories", refused_with=refused_with, needs=needs, policy=_file_by_name(mode), **options)
 
 
 @file_by_name()

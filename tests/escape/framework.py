@@ -167,6 +167,10 @@ def raw(
 # -- the world ---------------------------------------------------------------------------------------------------------
 
 
+class NoWayError(Exception):
+    """This machine does not let the host itself lay out what an attempt is about."""
+
+
 @contextlib.contextmanager
 def world_for(one: Attempt, directory: Path) -> Iterator[World]:
     """Lay out the world for one run of the attempt, in an empty directory."""
@@ -188,9 +192,12 @@ def world_for(one: Attempt, directory: Path) -> Iterator[World]:
     script.chmod(0o755)
     (world.tree / "link").symlink_to(world.secret)
     (world.tree / "sub" / "climb").symlink_to("../../secret")
-    arranged = one.arrange(world) if one.arrange else None
-    if isinstance(arranged, Iterator):
-        next(arranged)
+    try:
+        arranged = one.arrange(world) if one.arrange else None
+        if isinstance(arranged, Iterator):
+            next(arranged)
+    except PermissionError as error:
+        raise NoWayError(f"{one} cannot be arranged here: {error}") from error
     try:
         yield world
     finally:
@@ -359,22 +366,28 @@ def judge_outside(one: Attempt, directory: Path) -> str | None:
         return gets_through(one, world, run_outside(one, world))
 
 
-def judge_inside(one: Attempt, directory: Path, walls: dict[str, bool]) -> str | None:
+def judge_inside(one: Attempt, directory: Path, walls: dict[str, bool], *, strict: bool = True) -> str | None:
     """Run the attempt inside, in the directory that is made for it. None if it was refused, else what went wrong.
 
-    Where a wall that its grant needs is missing, compart must refuse to run it. PermissionError when this machine leaves
-    no way to arrange it.
+    Where a wall that its grant needs is missing, compart must refuse to run it. Unless strict, a filter around this very
+    process may refuse the call before compart's is asked, in its own way, and then nobody is told. NoWayError when the
+    attempt cannot be arranged here.
     """
     import compart
 
     with world_for(one, directory) as world:
-        if all(walls[wall] for wall in one.needs):
-            return is_refused(one, world, run_inside(one, world), listening=walls["listener"])
-        try:
-            run = run_inside(one, world)
-        except compart.UnsupportedError:
-            return None
-        return f"compart ran it without {' and '.join(one.needs)}: it {run.answer}"
+        if not all(walls[wall] for wall in one.needs):
+            try:
+                run = run_inside(one, world)
+            except compart.UnsupportedError:
+                return None
+            return f"compart ran it without {' and '.join(one.needs)}: it {run.answer}"
+        run = run_inside(one, world)
+        said = is_refused(one, world, run, listening=walls["listener"])
+    if said is None or strict or run.happened or run.answer.kind != "raised":
+        return said
+    with world_for(one, directory.with_suffix(".machine")) as world:
+        return None if run_outside(one, world).answer.errno == run.answer.errno else said
 
 
 def walls_here() -> dict[str, bool]:
@@ -384,17 +397,8 @@ def walls_here() -> dict[str, bool]:
     return {wall.name: wall.up for wall in compart.enforcement(compart.Policy()).walls}
 
 
-def refused_by_the_machine(one: Attempt, directory: Path) -> bool:
-    """Whether a filter around this very process refuses the call before compart's is asked, so that nobody is told."""
-    with world_for(one, directory) as world:
-        return run_outside(one, world).answer.errno == errno.EPERM
-
-
 def policy_fields(one: Attempt, world: World) -> dict[str, Any]:
     return one.policy(world) if callable(one.policy) else dict(one.policy)
-
-
-NOBODY_TOLD = "no violation names"
 
 
 def is_refused(one: Attempt, world: World, run: Run, *, listening: bool) -> str | None:
@@ -408,7 +412,7 @@ def is_refused(one: Attempt, world: World, run: Run, *, listening: bool) -> str 
     if _got_the_token(world, run.answer):
         return f"the secret came out: it {run.answer}"
     if listening and one.call and not set(one.call) & set(run.violations):
-        return f"{NOBODY_TOLD} {' or '.join(one.call)}; recorded: {run.violations}; it {run.answer}"
+        return f"no violation names {' or '.join(one.call)}; recorded: {run.violations}; it {run.answer}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Memory that the host shares with others stays the host's; memory that is lent for a result shows nothing of another call."""
 
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -27,10 +28,9 @@ MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
-def _nothing_lent_before() -> Iterator[None]:
+def _nothing_lent_before() -> None:
     gc.collect()
     arena.trim()
-    yield
 
 
 # ---- what the host shares with others ------------------------------------------------------------------------------------
@@ -128,11 +128,9 @@ def test_a_compartment_cannot_write_to_it_in_python(shared: Shared) -> None:
 
 @pytest.mark.parametrize("attack", [overwrites_behind_python, opens_it_again_and_overwrites])
 def test_a_compartment_cannot_write_to_it_in_native_code(attack: Any, shared: Shared) -> None:
-    try:
-        sandboxed(attack)(shared.address)
-    except CompartmentDied as error:
-        assert error.signal == signal.SIGSEGV
     # Whether it died or wrote to pages of its own: nobody else sees it.
+    with contextlib.suppress(CompartmentDied):
+        sandboxed(attack)(shared.address)
     assert shared.seen() == CONTENT
 
 
@@ -141,10 +139,10 @@ def test_a_compartment_cannot_read_it_either(shared: Shared) -> None:
         ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(SIZE), mmap.PROT_READ | mmap.PROT_WRITE)
         return ctypes.string_at(address, SIZE)
 
-    try:
-        assert sandboxed(reads)(shared.address) != CONTENT
-    except CompartmentDied as error:
-        assert error.signal == signal.SIGSEGV
+    read = b""
+    with contextlib.suppress(CompartmentDied):
+        read = sandboxed(reads)(shared.address)
+    assert b"host" not in read
 
 
 def test_the_host_goes_on_using_it(shared: Shared) -> None:

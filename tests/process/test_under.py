@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import compart
-from compart import Directory, NotCapableError, Policy, UnsupportedError, ViolationError, grant, sandboxed
+from compart import Directory, NotCapableError, UnsupportedError, ViolationError, grant, sandboxed
 from compart.policy import WALLS
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def denied(inside: Any, *args: Any) -> Any:
     return sandboxed(on_violation="deny", timeout=20)(inside)(*args)
 
 
-# ---- which walls there are ----------------------------------------------------------------------------------------------------
+# ---- which walls there are -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not HERE, reason="speaks of the profiles")
@@ -55,7 +55,7 @@ def test_the_walls_that_nothing_can_do_without_are_up() -> None:
     assert {wall.name for wall in compart.enforcement().walls} == set(WALLS)
 
 
-# ---- what holds everywhere ------------------------------------------------------------------------------------------------------
+# ---- what holds everywhere -------------------------------------------------------------------------------------------------
 
 
 PATHS = {
@@ -166,7 +166,7 @@ def test_it_is_nobody_with_nothing() -> None:
     assert (read, opened <= 6, environment) == (b"", True, {})
 
 
-# ---- what works everywhere --------------------------------------------------------------------------------------------------------
+# ---- what works everywhere ---------------------------------------------------------------------------------------------------
 
 
 def test_plain_and_big_values_come_back() -> None:
@@ -206,7 +206,7 @@ def test_a_compartment_that_dies_tells_how() -> None:
         sandboxed(lambda: signal.pause(), timeout=0.1)()
 
 
-# ---- what needs a wall that may be missing ---------------------------------------------------------------------------------------
+# ---- what needs a wall that may be missing ----------------------------------------------------------------------------------
 
 
 def grants_of(path: str) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def test_counting_threads_works_or_names_the_listener() -> None:
     assert sandboxed(lambda: 5, threads=2, waive={"listener"})() == 5
 
 
-# ---- all of it again, elsewhere -----------------------------------------------------------------------------------------------------
+# ---- all of it again, elsewhere ------------------------------------------------------------------------------------------------
 
 PROFILES = {
     "docker": ("docker", None),

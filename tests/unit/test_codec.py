@@ -263,7 +263,6 @@ class Wild(enum.Enum):
         (Bytes(b"x"), "Bytes is not bytes itself"),
         (Rows(), "Rows is not list itself"),
         (Wild.X, "Wild can be sent only if the function's annotation names it"),
-        (Access.READ | Access.WRITE, "not a named member"),
         (numpy.float64(1), r"numpy scalar \(float64\); use .item\(\)"),
         (numpy.int32(1), r"numpy scalar \(int32\); use .item\(\)"),
         (numpy.ma.masked_array([1]), "more than its array"),

@@ -92,13 +92,11 @@ CLONE_FLAGS = (
 
 FCNTL_COMMANDS = {
     # <asm-generic/fcntl.h> and <linux/fcntl.h>; the fcntl module has several names for one number.
-    **dict(enumerate("F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW F_SETOWN F_GETOWN".split())),
-    **dict(enumerate("F_SETSIG F_GETSIG".split(), 10)),
-    **dict(enumerate("F_SETOWN_EX F_GETOWN_EX F_GETOWNER_UIDS".split(), 15)),
-    **dict(enumerate("F_OFD_GETLK F_OFD_SETLK F_OFD_SETLKW".split(), 36)),
-    **dict(enumerate("F_SETLEASE F_GETLEASE F_NOTIFY".split(), 1024)),
-    **dict(enumerate("F_DUPFD_CLOEXEC F_SETPIPE_SZ F_GETPIPE_SZ F_ADD_SEALS F_GET_SEALS".split(), 1030)),
-}
+    0: "F_DUPFD", 1: "F_GETFD", 2: "F_SETFD", 3: "F_GETFL", 4: "F_SETFL", 5: "F_GETLK", 6: "F_SETLK", 7: "F_SETLKW",
+    8: "F_SETOWN", 9: "F_GETOWN", 10: "F_SETSIG", 11: "F_GETSIG", 15: "F_SETOWN_EX", 16: "F_GETOWN_EX",
+    36: "F_OFD_GETLK", 37: "F_OFD_SETLK", 38: "F_OFD_SETLKW", 1024: "F_SETLEASE", 1025: "F_GETLEASE", 1026: "F_NOTIFY",
+    1030: "F_DUPFD_CLOEXEC", 1031: "F_SETPIPE_SZ", 1032: "F_GETPIPE_SZ", 1033: "F_ADD_SEALS", 1034: "F_GET_SEALS",
+}  # fmt: skip
 
 IOCTL_COMMANDS = {
     # Of several names for one number the first: FIONREAD rather than TIOCINQ. Smaller values are no commands.

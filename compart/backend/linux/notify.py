@@ -1,4 +1,4 @@
-"""Answer what the filter refused: decode it for people, decide the few calls that need more than the table.
+"""Answer what the filter refused: record it, decide the few calls that need more than the table.
 
 Runs in the host, on the calling thread, against a hostile process. Everything read from its memory may change a moment
 later, so it decides nothing: an answer of "continue" is given only where the meaning is in registers, or where the
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import resource
 import signal
-import socket
-import struct
-import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from compart.backend.linux import _sys, filters, syscalls
+from compart.backend.linux import _sys, decode, filters, syscalls
 from compart.backend.linux.bpf import Masked
+from compart.backend.linux.decode import Refused, signed
 from compart.policy import Policy
 from compart.rights import Rights
 from compart.violation import Frame, Violation
@@ -53,7 +50,6 @@ QUIET = (
 
 BOUNDED_BY_ROOT = filters.READING + filters.READING_AT + filters.CHANGING + filters.CHANGING_AT + ("statx", "statfs")
 
-
 NEW_LISTENER = 1 << 3
 
 
@@ -79,7 +75,7 @@ class Supervisor:
     """The host's answer to one compartment's refused calls.
 
     `ranges` are the sets of rights by range, `granted` the host's own descriptor for each granted number; `paths` are the
-    granted paths by name, `cwd` where relative names start inside.
+    granted paths by name, `cwd` where relative names start inside, `home` where they start in the host.
     """
 
     listener: int
@@ -90,11 +86,13 @@ class Supervisor:
     granted: dict[int, int] = field(default_factory=dict)
     paths: tuple[tuple[str, str], ...] = ()
     cwd: str = "/"
+    home: str = field(default_factory=lambda: _working_directory())
     answered: int = 0
     unrecorded: int = 0
     drafts: list[_Draft] = field(default_factory=list)
     kill_wanted: bool = False
     threads_refused: int = 0
+    asked: int = 0
 
     def serve(self) -> None:
         """Answer one waiting call. Never blocks for longer than the kernel needs to hand it over."""
@@ -124,15 +122,32 @@ class Supervisor:
             return
         # Where the kernel waits killably the signal is delivered as the call returns, at the very line. Elsewhere it would
         # interrupt the wait and the call would come again, so the answer goes first and the stack is as near as can be had.
-        if recorded and killable():
+        ask = recorded and self._may_ask(thread)
+        if ask and killable():
             self._ask_stack(thread)
         _sys.seccomp_notify_send(self.listener, ident, 0, filters.REFUSED, 0)
-        if recorded and not killable():
+        if ask and not killable():
             self._ask_stack(thread)
+
+    def _may_ask(self, thread: int) -> bool:
+        # faulthandler writes a stack in many small pieces and without the GIL: of two threads at once none could be read.
+        # The kernel blocks the signal while its handler runs, so a thread that neither awaits nor blocks it is done. Asked
+        # twice, for between taking a signal and blocking it the kernel shows neither for a moment.
+        busy = self.asked not in (0, thread) and any(self._awaits_stack(self.asked) for _ in range(2))
+        return not busy and not self._awaits_stack(thread)
+
+    def _awaits_stack(self, thread: int) -> bool:
+        status = b""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/task/{thread}/status", "rb") as file:
+            status = file.read()
+        sets = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith((b"SigPnd:", b"SigBlk:"))]
+        return any(numbers >> (STACK_SIGNAL - 1) & 1 for numbers in sets)
 
     def _ask_stack(self, thread: int) -> None:
         with contextlib.suppress(OSError):
             _sys.tgkill(self.pid, thread, STACK_SIGNAL)
+            self.asked = thread
+            self.drafts[-1].asked_stack = True
 
     # ---- the few calls that need more than the table ---------------------------------------------------------------
 
@@ -222,7 +237,9 @@ class Supervisor:
             resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (self.policy.open_files, hard))
 
     def _is_quiet(self, call: str, thread: int, args: tuple[int, ...]) -> bool:
-        return decode.read_text(thread, args[decode.PATH_CALLS[call][1]]) in QUIET
+        text = decode.read_text(thread, args[decode.PATH_CALLS[call][1]])
+        # CPython looks for the line of a SyntaxError in a file of the source's name, which is "<string>" and the like.
+        return text is not None and (text in QUIET or (text[:1] == "<" and text[-1:] == ">"))
 
     # ---- what it was, for people ---------------------------------------------------------------------------------------
 
@@ -230,9 +247,8 @@ class Supervisor:
         if len(self.drafts) >= MOST_RECORDED:
             self.unrecorded += 1
             return False
-        arguments = self._arguments(call, thread, args)
-        ask = self.policy.on_violation != "kill"
-        self.drafts.append(_Draft(call, number, arguments, thread, asked_stack=ask))
+        arguments = decode.arguments(Refused(call, thread, args, self.ranges))
+        self.drafts.append(_Draft(call, number, arguments, thread))
         return True
 
     # ---- stacks and hints from the trace pipe -----------------------------------------------------------------------------
@@ -247,7 +263,7 @@ class Supervisor:
                 errno=filters.REFUSED,
                 thread=draft.thread,
                 stack=draft.stack,
-                suggestion=suggest(draft.call, draft.arguments, draft.module),
+                suggestion=decode.suggest(draft.call, draft.arguments, draft.module, self.home),
                 number=draft.number,
             )
             for draft in self.drafts
@@ -258,7 +274,7 @@ class Supervisor:
         module = ""
         frames: list[Frame] = []
         draft: _Draft | None = None
-        for line in trace.decode(errors="replace").splitlines():
+        for line in trace.decode(errors="replace").split("\n"):
             if line.startswith("import "):
                 module = line[7:200]
             elif line.startswith(("Stack (", "Current thread", "Thread 0x")):
@@ -273,6 +289,13 @@ class Supervisor:
 
 
 STACK_LINE = re.compile(r'  File "([^"]{1,4096})", line (\d{1,9}) in (\S{1,500})')
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def plain_mode(call: str, args: tuple[int, ...]) -> bool:
