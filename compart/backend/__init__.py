@@ -86,6 +86,10 @@ class Backend(System, Protocol):
         """Host: which walls a compartment of this policy gets here."""
         ...
 
+    def forget(self) -> None:
+        """Host: drop everything that is kept between calls, as it may be gone or another user's."""
+        ...
+
     def enter(self, plan: Any, channel: Channel, script: Any, prepare: Callable[[list[int]], None]) -> None:
         """Child: put up every wall of the plan. There is no way back.
 

@@ -31,6 +31,7 @@ MODULES = (
     "concurrent.futures.thread", "asyncio", "selectors", "select", "socket", "signal", "subprocess", "logging", "platform",
     "ctypes", "faulthandler", "resource", "fcntl", "html.entities", "xml.etree.ElementTree", "urllib.parse", "mimetypes",
     "email.message", "email.parser", "csv", "sqlite3", "importlib.resources", "ctypes.util",
+    "email.policy", "email.headerregistry", "html.parser", "xml.dom.minidom", "xml.sax.saxutils",
 )  # fmt: skip
 
 _lock = threading.RLock()
@@ -78,6 +79,12 @@ def _defaults() -> None:
     # platform runs `uname -p` by a search of PATH when asked for the processor, and keeps what it said: on Linux, nothing.
     vars(platform.uname()).setdefault("processor", "")
     mimetypes.init()
+    # SQLite reads /dev/urandom for its first random number; what it makes of it goes along with the fork.
+    with contextlib.suppress(ImportError):
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.execute("select random()")
     _late_libraries()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import inspect
 import os
@@ -69,7 +70,8 @@ class Sandboxed(Generic[P, R]):
         if "stream" in self._kind:
             raise PolicyError(f"{self._name} is a generator; iterate over the call")
         call = self._call(args, kwargs)
-        return cast("concurrent.futures.Future[R]", _executor().submit(lambda: _run(call)[0]))
+        context = contextvars.copy_context()
+        return cast("concurrent.futures.Future[R]", _executor().submit(lambda: context.run(_run, call)[0]))
 
     def aio(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Run without blocking the event loop: `await f.aio(...)`. Cancelling it kills the compartment and reaps it."""
@@ -79,13 +81,12 @@ class Sandboxed(Generic[P, R]):
 
     async def _aio(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call(args, kwargs)
-        for _ in range(MOST_FORKS):
+        for attempt in range(MOST_FORKS):
             with _started(call) as compartment:
                 frame = await _frame_async(compartment)
-                if compartment.stillborn:
+                compartment.kill()
+                if _again(compartment, frame, attempt):
                     continue
-                if frame is not None:
-                    compartment.kill()
                 return compartment.end(frame)
         raise _stillborn(call)
 
@@ -152,6 +153,8 @@ def _plain(function: Any) -> Any:
 
 
 def _policy(base: Policy, changes: dict[str, Any]) -> Policy:
+    if not isinstance(base, Policy):
+        raise PolicyError(f"{base!r} is no Policy; write the fields as keywords, as in timeout=2")
     check_fields(changes)
     return base.replace(**changes) if changes else base
 
@@ -197,15 +200,26 @@ def _check_arguments(function: Any, name: str, args: tuple[Any, ...], kwargs: di
 
 
 def _run(call: Call) -> tuple[Any, Compartment]:
-    for _ in range(MOST_FORKS):
+    for attempt in range(MOST_FORKS):
         with _started(call) as compartment:
             frame = compartment.wait_frame()
-            if compartment.stillborn:
-                continue
             # The answer is here: end it, so that nothing it still does can touch what is read now.
             compartment.kill()
+            if _again(compartment, frame, attempt):
+                continue
             return compartment.end(frame), compartment
     raise _stillborn(call)
+
+
+def _again(compartment: Compartment, frame: tuple[int, bytes] | None, attempt: int) -> bool:
+    """Whether the same call deserves another fork: the function has not run yet, and what was wrong may have passed."""
+    if compartment.stillborn:
+        return True
+    if attempt == 0 and frame is not None and frame[0] == message.WALL and not compartment.walls_stand:
+        # What the host keeps for all calls may have gone: a daemon closes every descriptor, a service gives up root.
+        compartment.backend.forget()
+        return True
+    return False
 
 
 def _stillborn(call: Call) -> PolicyError:

@@ -52,8 +52,12 @@ def reads_from_every_number(outside: World) -> int:
     return found
 
 
-@attempt(surface="descriptors", refused_with=CONTAINED, arrange=_open_widely,
-         proof=lambda world, numbers: set(world.opened) <= set(numbers))  # fmt: skip
+@attempt(
+    surface="descriptors",
+    refused_with=CONTAINED,
+    arrange=_open_widely,
+    proof=lambda world, numbers: set(world.opened) <= set(numbers),
+)
 def finds_what_the_host_had_open(outside: World) -> list[int]:
     found = []
     for number in range(4096 + FD_RANGE):
@@ -106,8 +110,14 @@ def _changed(world: World) -> bool:
 
 def _on_an_input(call: str, arguments: Callable[[Any], tuple[Any, ...]], *, name: str = "", **options: Any) -> None:
     """One call on a file handed over as open(path, "rb"), which the kernel itself would let through."""
-    raw(call, lambda w, file: (file.fileno(), *arguments(w)), surface="descriptors",
-        name=name or f"{call}_of_an_input_file", gives=lambda w: (open(w.secret, "rb", buffering=0),), **options)  # fmt: skip
+    raw(
+        call,
+        lambda w, file: (file.fileno(), *arguments(w)),
+        surface="descriptors",
+        name=name or f"{call}_of_an_input_file",
+        gives=lambda w: (open(w.secret, "rb", buffering=0),),  # noqa: SIM115
+        **options,
+    )
 
 
 _on_an_input("fchmod", lambda w: (0o751,), effect=lambda w: stat.S_IMODE(w.secret.stat().st_mode) == 0o751)
@@ -210,8 +220,13 @@ def _is_locked(world: World) -> bool:
     return False
 
 
-@attempt(surface="descriptors", refused_with=PermissionError, call="openat", effect=_changed,
-         gives=lambda w: (open(w.secret, "rb", buffering=0),))  # fmt: skip
+@attempt(
+    surface="descriptors",
+    refused_with=PermissionError,
+    call="openat",
+    effect=_changed,
+    gives=lambda w: (open(w.secret, "rb", buffering=0),),  # noqa: SIM115
+)
 def reopens_an_input_file_for_writing(outside: World, file: Any) -> None:
     with open(f"/proc/self/fd/{file.fileno()}", "r+b") as again:
         again.write(b"changed")
@@ -227,7 +242,7 @@ def _says_rb(world: World) -> tuple[Any, ...]:
 
 
 def _says_r_plus_b(world: World) -> tuple[Any, ...]:
-    world.granted = open(world.secret, "r+b", buffering=0)
+    world.granted = open(world.secret, "r+b", buffering=0)  # noqa: SIM115
     return (world.granted,)
 
 
@@ -277,19 +292,19 @@ def _vector(text: bytes) -> tuple[Any, Any]:
 
 @_writes()
 def writes_a_vector_to_an_input_file(outside: World, file: Any) -> None:
-    data, vector = _vector(b"changed")
+    _kept, vector = _vector(b"changed")
     native.call("writev", file.fileno(), vector, 1)
 
 
 @_writes()
 def writes_a_vector_at_a_place_in_an_input_file(outside: World, file: Any) -> None:
-    data, vector = _vector(b"changed")
+    _kept, vector = _vector(b"changed")
     native.call("pwritev", file.fileno(), vector, 1, 0, 0)
 
 
 @_writes()
 def writes_a_vector_with_flags_to_an_input_file(outside: World, file: Any) -> None:
-    data, vector = _vector(b"changed")
+    _kept, vector = _vector(b"changed")
     native.call("pwritev2", file.fileno(), vector, 1, 0, 0, 0)
 
 
@@ -399,6 +414,243 @@ def writes_through_a_ring(outside: World, file: Any) -> None:
     native.call("pwrite64", file.fileno(), b"changed", 7, 0)
 
 
+# -- two files with different rights ------------------------------------------------------------------------------------
+
+
+def _gives_two(world: World) -> tuple[Any, ...]:
+    (world.directory / "other").write_bytes(b"other")
+    return open(world.secret, "r+b", buffering=0), open(world.directory / "other", "r+b", buffering=0)
+
+
+def _one_for_reading(world: World) -> dict[str, Any]:
+    from compart import grant, rights
+
+    return {"grants": [grant.descriptor(world.reading, rights.mode_rights("r"))]}
+
+
+def _two_files(world: World) -> tuple[Any, ...]:
+    reading, writing = _gives_two(world)
+    world.reading = reading
+    return reading, writing
+
+
+@attempt(
+    surface="descriptors",
+    gives=_two_files,
+    policy=_one_for_reading,
+    effect=_changed,
+    refused_with=(PermissionError, errno.EBADF, errno.EMFILE, errno.EINVAL),
+)
+def copies_until_it_reaches_the_numbers_of_another(outside: World, reading: Any, writing: Any) -> None:
+    # The numbers of a granted descriptor say what it may do. Copies must not run over into the next range.
+    os.pwrite(writing.fileno(), b"x", 0)
+    last: OSError | None = None
+    for _ in range(200):
+        try:
+            copy = native.call("fcntl", reading.fileno(), fcntl.F_DUPFD, 0)
+            native.call("pwrite64", copy, b"changed", 7, 0)
+        except OSError as error:
+            last = error
+    for number in range(1200):
+        native.syscall(native.NUMBERS["pwrite64"], number, b"changed", 7, 0) if number != writing.fileno() else None
+    if last is not None and not _changed_here(reading, outside):
+        raise last
+
+
+@attempt(
+    surface="descriptors",
+    gives=_two_files,
+    policy=_one_for_reading,
+    effect=_changed,
+    refused_with=(PermissionError, errno.EBADF, errno.EINVAL),
+)
+def puts_a_copy_in_the_place_of_another(outside: World, reading: Any, writing: Any) -> None:
+    place = writing.fileno()
+    os.close(place)
+    native.call("dup2", reading.fileno(), place)
+    native.call("pwrite64", place, b"changed", 7, 0)
+
+
+@attempt(
+    surface="descriptors",
+    gives=_two_files,
+    policy=_one_for_reading,
+    effect=_changed,
+    refused_with=(PermissionError, errno.EBADF, errno.EINVAL),
+)
+def puts_a_copy_in_the_place_of_a_closed_one(outside: World, reading: Any, writing: Any) -> None:
+    place = writing.fileno()
+    os.close(place)
+    native.call("fcntl", reading.fileno(), fcntl.F_DUPFD, place)
+    native.call("pwrite64", place, b"changed", 7, 0)
+
+
+# -- pipes, terminals and sockets that were handed over ------------------------------------------------------------------
+# Their descriptions are the host's own: what is changed on them is changed for the host.
+
+
+def _a_pipe(world: World) -> tuple[Any, ...]:
+    read_end, write_end = os.pipe()
+    world.pipe = os.fdopen(read_end, "rb", buffering=0)
+    return world.pipe, os.fdopen(write_end, "wb", buffering=0)
+
+
+def _pipe_flags(world: World) -> int:
+    return fcntl.fcntl(world.pipe, fcntl.F_GETFL)
+
+
+_ON_A_PIPE: dict[str, Any] = {"surface": "descriptors", "gives": _a_pipe}
+raw(
+    "fcntl",
+    lambda w, r, e: (r.fileno(), fcntl.F_SETFL, os.O_NONBLOCK),
+    name="stops_a_granted_pipe_from_blocking",
+    **_ON_A_PIPE,
+    effect=lambda w: bool(_pipe_flags(w) & os.O_NONBLOCK),
+)
+raw(
+    "ioctl",
+    lambda w, r, e: (r.fileno(), 0x5421, struct.pack("i", 1)),
+    name="stops_a_granted_pipe_from_blocking_by_ioctl",
+    **_ON_A_PIPE,
+    effect=lambda w: bool(_pipe_flags(w) & os.O_NONBLOCK),
+)
+raw(
+    "fcntl",
+    lambda w, r, e: (r.fileno(), 1031, 1 << 20),
+    name="grows_a_granted_pipe",
+    **_ON_A_PIPE,
+    effect=lambda w: fcntl.fcntl(w.pipe, 1032) == 1 << 20,
+)
+raw(
+    "fcntl",
+    lambda w, r, e: (r.fileno(), fcntl.F_SETOWN, os.getpid()),
+    name="owns_a_granted_pipe",
+    **_ON_A_PIPE,
+    effect=lambda w: fcntl.fcntl(w.pipe, fcntl.F_GETOWN) != 0,
+)
+raw(
+    "fcntl",
+    lambda w, r, e: (r.fileno(), 10, 10),
+    name="chooses_the_signal_of_a_granted_pipe",
+    **_ON_A_PIPE,
+    effect=lambda w: fcntl.fcntl(w.pipe, 11) == 10,
+)
+raw(
+    "tee",
+    lambda w, r, e: (r.fileno(), e.fileno(), 1, 2),
+    name="tees_a_granted_pipe",
+    **_ON_A_PIPE,
+    outside=reaches(errno.EINVAL, errno.EAGAIN),
+)
+raw(
+    "vmsplice",
+    lambda w, r, e: (e.fileno(), struct.pack("QQ", 0, 0), 1, 0),
+    name="splices_memory_into_a_granted_pipe",
+    **_ON_A_PIPE,
+)
+raw(
+    "fstatfs",
+    lambda w, r, e: (r.fileno(), ctypes.create_string_buffer(256)),
+    name="asks_for_the_file_system_of_a_granted_pipe",
+    **_ON_A_PIPE,
+)
+
+
+def _a_terminal(world: World) -> tuple[Any, ...]:
+    world.master, slave = os.openpty()
+    os.set_blocking(world.master, False)
+    world.terminal = os.fdopen(slave, "r+b", buffering=0)
+    return (world.terminal,)
+
+
+def _typed(world: World) -> bool:
+    # The line that was typed waits to be read, by whoever reads the terminal next.
+    count = ctypes.c_int()
+    native.call("ioctl", world.terminal.fileno(), 0x541B, count)  # FIONREAD
+    os.close(world.master)
+    return count.value > 0
+
+
+@attempt(
+    surface="descriptors", refused_with=PermissionError, call="ioctl", gives=_a_terminal, effect=_typed, privileged=True
+)
+def types_into_a_terminal_it_was_handed(outside: World, terminal: Any) -> None:
+    for letter in b"id\n":
+        native.call("ioctl", terminal.fileno(), 0x5412, bytes([letter]))  # TIOCSTI
+
+
+def _echoes_no_more(world: World) -> bool:
+    import termios
+
+    echoes = termios.tcgetattr(world.terminal)[3] & termios.ECHO
+    os.close(world.master)
+    return not echoes
+
+
+@attempt(surface="descriptors", refused_with=PermissionError, call="ioctl", gives=_a_terminal, effect=_echoes_no_more)
+def changes_a_terminal_it_was_handed(outside: World, terminal: Any) -> None:
+    settings = ctypes.create_string_buffer(64)
+    native.call("ioctl", terminal.fileno(), 0x5401, settings)  # TCGETS
+    native.call(
+        "ioctl",
+        terminal.fileno(),
+        0x5402,
+        struct.pack("IIII", *struct.unpack_from("III", settings), 0) + settings.raw[16:],
+    )
+
+
+def _a_peer_sends_the_secret(world: World) -> tuple[Any, ...]:
+    import array
+    import socket
+
+    here, world.peer = socket.socketpair()
+    with open(world.secret, "rb") as file:
+        world.peer.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+    return here, world.peer.dup()
+
+
+@attempt(surface="descriptors", refused_with=PermissionError, call="recvmsg", gives=_a_peer_sends_the_secret)
+def receives_a_descriptor_by_a_granted_socket(outside: World, connection: Any, peer: Any) -> bytes:
+    import socket
+
+    _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(4))
+    return os.pread(struct.unpack("i", ancillary[0][2][:4])[0], 4096, 0)
+
+
+@attempt(surface="descriptors", refused_with=PermissionError, call="recvmmsg", gives=_a_peer_sends_the_secret)
+def receives_many_messages_by_a_granted_socket(outside: World, connection: Any, peer: Any) -> bytes:
+    data, control = ctypes.create_string_buffer(1), ctypes.create_string_buffer(64)
+    pieces = ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(data), 1), 16)
+    header = struct.pack("QIIQQQQiI", 0, 0, 0, ctypes.addressof(pieces), 1, ctypes.addressof(control), 64, 0, 0)
+    native.call("recvmmsg", connection.fileno(), ctypes.create_string_buffer(header, 64), 1, 0, None)
+    return os.pread(struct.unpack_from("i", control, 16)[0], 4096, 0)
+
+
+@attempt(
+    surface="descriptors",
+    refused_with=PermissionError,
+    call="getsockopt",
+    gives=_a_peer_sends_the_secret,
+    proof=lambda world, number: number >= 0,
+)
+def asks_a_granted_socket_for_its_peer_s_process(outside: World, connection: Any, peer: Any) -> int:
+    number = ctypes.c_int(-1)
+    native.call("getsockopt", connection.fileno(), 1, 77, number, struct.pack("I", 4))  # SO_PEERPIDFD
+    return number.value
+
+
+@attempt(surface="descriptors", refused_with=PermissionError, proof=lambda world, pid: pid > 0)
+def finds_out_the_host_by_its_own_pair(outside: World) -> int:
+    import socket
+
+    here, _there = socket.socketpair()
+    pidfd = ctypes.c_int(-1)
+    native.call("getsockopt", here.fileno(), 1, 77, pidfd, struct.pack("I", 4))
+    # A descriptor of a process is a handle on it; its own may do no more than its own number.
+    native.call("pidfd_send_signal", pidfd.value, 0, None, 0)
+    return 1
+
+
 # -- a file granted for appending --------------------------------------------------------------------------------------
 
 
@@ -411,7 +663,7 @@ def _appends(*, refused_with: Any = PermissionError) -> Callable[[Callable[..., 
         return (grant.file(world.secret, "a"),) if inside else handed_over(world)
 
     def handed_over(world: World) -> tuple[Any, ...]:
-        world.granted = open(world.secret, "ab", buffering=0)
+        world.granted = open(world.secret, "ab", buffering=0)  # noqa: SIM115
         return (world.granted,)
 
     def by_rights(world: World) -> dict[str, Any]:
@@ -437,7 +689,7 @@ def clears_append_and_overwrites(outside: World, file: Any) -> None:
 
 @_appends(refused_with=(PermissionError, errno.EOPNOTSUPP))
 def overwrites_by_the_flag_that_ignores_append(outside: World, file: Any) -> None:
-    data, vector = _vector(b"changed")
+    _kept, vector = _vector(b"changed")
     native.call("pwritev2", file.fileno(), vector, 1, 0, 0, 0x20)  # RWF_NOAPPEND
 
 
@@ -503,32 +755,41 @@ def punches_a_hole_into_the_standard_output_of_the_host(outside: World) -> None:
     native.call("fallocate", 1, 0x3, 0, 8)
 
 
-@attempt(**_INHERITS, arrange=_standard_output(os.O_RDWR),
-         proof=lambda world, text: text == b"what the host wrote before")  # fmt: skip
+@attempt(
+    **_INHERITS, arrange=_standard_output(os.O_RDWR), proof=lambda world, text: text == b"what the host wrote before"
+)
 def reads_the_standard_output_of_the_host(outside: World) -> bytes:
     return os.pread(1, 100, 0)
 
 
-@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY),
-         effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))  # fmt: skip
+@attempt(
+    **_INHERITS,
+    arrange=_standard_output(os.O_WRONLY),
+    effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK),
+)
 def stops_the_standard_output_of_the_host_from_blocking(outside: World) -> None:
     native.call("fcntl", 1, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
 
 
-@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY | os.O_APPEND),
-         effect=lambda world: not fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND)  # fmt: skip
+@attempt(
+    **_INHERITS,
+    arrange=_standard_output(os.O_WRONLY | os.O_APPEND),
+    effect=lambda world: not fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND,
+)
 def stops_the_standard_output_of_the_host_from_appending(outside: World) -> None:
     native.call("fcntl", 1, fcntl.F_SETFL, os.O_WRONLY)
 
 
-@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY),
-         effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK))  # fmt: skip
+@attempt(
+    **_INHERITS,
+    arrange=_standard_output(os.O_WRONLY),
+    effect=lambda world: bool(fcntl.fcntl(1, fcntl.F_GETFL) & os.O_NONBLOCK),
+)
 def stops_the_standard_output_of_the_host_from_blocking_by_ioctl(outside: World) -> None:
     native.call("ioctl", 1, 0x5421, struct.pack("i", 1))
 
 
-@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY),
-         effect=lambda world: os.lseek(1, 0, os.SEEK_CUR) == 5)  # fmt: skip
+@attempt(**_INHERITS, arrange=_standard_output(os.O_WRONLY), effect=lambda world: os.lseek(1, 0, os.SEEK_CUR) == 5)
 def moves_the_standard_output_of_the_host(outside: World) -> None:
     native.call("lseek", 1, 5, os.SEEK_SET)
 
@@ -554,8 +815,13 @@ def _raises(which: int, name: str) -> None:
     def raised(world: World, limits: tuple[int, int]) -> bool:
         return limits[1] > limits[0]
 
-    @attempt(surface="descriptors", name=f"raises_its_limit_of_{name}", refused_with=(PermissionError, errno.EINVAL),
-             arrange=_soft_below_hard(which), proof=raised)  # fmt: skip
+    @attempt(
+        surface="descriptors",
+        name=f"raises_its_limit_of_{name}",
+        refused_with=(PermissionError, errno.EINVAL),
+        arrange=_soft_below_hard(which),
+        proof=raised,
+    )
     def raises(outside: World) -> tuple[int, int]:
         before = ctypes.create_string_buffer(16)
         native.call("prlimit64", 0, which, None, before)
@@ -565,8 +831,13 @@ def _raises(which: int, name: str) -> None:
         return soft, int(struct.unpack("QQ", before.raw)[0])
 
 
-for _which, _name in ((resource.RLIMIT_NOFILE, "open_files"), (resource.RLIMIT_AS, "address_space"), (resource.RLIMIT_MEMLOCK, "locked_memory"),
-                      (resource.RLIMIT_CORE, "core_files"), (resource.RLIMIT_NPROC, "processes")):  # fmt: skip
+for _which, _name in (
+    (resource.RLIMIT_NOFILE, "open_files"),
+    (resource.RLIMIT_AS, "address_space"),
+    (resource.RLIMIT_MEMLOCK, "locked_memory"),
+    (resource.RLIMIT_CORE, "core_files"),
+    (resource.RLIMIT_NPROC, "processes"),
+):
     _raises(_which, _name)
 
 

@@ -449,8 +449,14 @@ def _gives_both(world: World, inside: bool) -> tuple[Any, ...]:
     return (*_hands_over("rw")(world, inside), open(world.secret, "rb", buffering=0))
 
 
-@attempt(surface="directories", needs={"namespaces"}, gives_by_side=_gives_both, refused_with=PermissionError, call="utimensat",
-         effect=lambda w: w.secret.stat().st_mtime < 1000)  # fmt: skip
+@attempt(
+    surface="directories",
+    needs={"namespaces"},
+    gives_by_side=_gives_both,
+    refused_with=PermissionError,
+    call="utimensat",
+    effect=lambda w: w.secret.stat().st_mtime < 1000,
+)
 def touches_an_input_file_because_a_directory_may_be_changed(outside: World, directory: Any, file: Any) -> None:
     # utimensat without a path changes the descriptor itself, which was handed over for reading alone.
     native.call("utimensat", file.fileno(), None, struct.pack("qqqq", 1, 0, 1, 0), 0)

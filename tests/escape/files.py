@@ -365,8 +365,14 @@ raw("mkdir", lambda w: (w.marker, 0o700), surface="files", effect=_marked)
 raw("mkdirat", lambda w: (AT_FDCWD, w.marker, 0o700), surface="files", effect=_marked)
 raw("mknod", lambda w: (w.marker, stat.S_IFIFO | 0o600, 0), surface="files", effect=_marked)
 raw("mknodat", lambda w: (AT_FDCWD, w.marker, stat.S_IFIFO | 0o600, 0), surface="files", effect=_marked)
-raw("mknod", lambda w: (w.marker, stat.S_IFCHR | 0o666, os.makedev(1, 5)), surface="files", name="raw_mknod_of_a_device",
-    effect=_marked, privileged=True)  # fmt: skip
+raw(
+    "mknod",
+    lambda w: (w.marker, stat.S_IFCHR | 0o666, os.makedev(1, 5)),
+    surface="files",
+    name="raw_mknod_of_a_device",
+    effect=_marked,
+    privileged=True,
+)
 raw("rmdir", lambda w: (w.spare,), surface="files", arrange=lambda w: _spare(w), effect=lambda w: not w.spare.exists())
 
 
@@ -407,8 +413,12 @@ raw(
     privileged=True,
 )
 raw("umount2", lambda w: (w.directory, 0), surface="files", outside=reaches(errno.EINVAL), privileged=True)
-raw("quotactl", lambda w: (0x80000700, None, 0, _STATFS), surface="files",
-    outside=reaches(errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTBLK, errno.EFAULT, errno.ESRCH))  # fmt: skip
+raw(
+    "quotactl",
+    lambda w: (0x80000700, None, 0, _STATFS),
+    surface="files",
+    outside=reaches(errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTBLK, errno.EFAULT, errno.ESRCH),
+)
 raw(
     "quotactl_fd",
     lambda w: (0, 0x80000700, 0, _STATFS),

@@ -29,8 +29,8 @@ class World(SimpleNamespace):
 
     directory: Path, empty but for what follows; secret: Path of a file with token in it; token: bytes that nobody can
     guess; marker: Path where nothing is; tree: Path of a directory to grant, with a file "inside" (content b"inside"),
-    "sub/inner", "script", which makes the marker, and symbolic links "link" (absolute) and "sub/climb" (relative) to the secret; host: the pid of the
-    process that tests. An attempt's arrange= adds what it needs.
+    "sub/inner", "script", which makes the marker, and symbolic links "link" (absolute) and "sub/climb" (relative) to the
+    secret; host: the pid of the process that tests. An attempt's arrange= adds what it needs.
     """
 
     directory: Path
@@ -160,7 +160,7 @@ def raw(
     if "effect" not in options:
         options.setdefault("proof", lambda world, answer: answer >= 0)
     # One that may be answered without a word makes no violation for certain.
-    recorded = () if refused_with != PermissionError else call
+    recorded = call if refused_with is PermissionError else ()
     attempt(surface=surface, name=name or f"raw_{call}", refused_with=refused_with, call=recorded, **options)(issue)
 
 

@@ -202,19 +202,34 @@ for _arrange, _name in (
     (_shared_block, "a_shared_block"),
 ):
 
-    @attempt(surface="memory", name=f"writes_{_name}_of_the_host", refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), CONTAINED),
-             arrange=_arrange, effect=_was_written)  # fmt: skip
+    @attempt(
+        surface="memory",
+        name=f"writes_{_name}_of_the_host",
+        refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), CONTAINED),
+        arrange=_arrange,
+        effect=_was_written,
+    )
     def writes(outside: World) -> None:
         ctypes.memmove(outside.address, b"changed", 7)
 
-    @attempt(surface="memory", name=f"makes_{_name}_of_the_host_writable", arrange=_arrange, effect=_was_written,
-             refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), errno.ENOMEM, errno.EACCES, CONTAINED))  # fmt: skip
+    @attempt(
+        surface="memory",
+        name=f"makes_{_name}_of_the_host_writable",
+        arrange=_arrange,
+        effect=_was_written,
+        refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), errno.ENOMEM, errno.EACCES, CONTAINED),
+    )
     def makes_writable(outside: World) -> None:
         native.call("mprotect", outside.address & ~4095, 4096, READ | WRITE)
         ctypes.memmove(outside.address, b"changed", 7)
 
-    @attempt(surface="memory", name=f"moves_{_name}_of_the_host", arrange=_arrange, effect=_was_written,
-             refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), errno.EFAULT, errno.EINVAL, CONTAINED))  # fmt: skip
+    @attempt(
+        surface="memory",
+        name=f"moves_{_name}_of_the_host",
+        arrange=_arrange,
+        effect=_was_written,
+        refused_with=(dies_by(signal.SIGSEGV, signal.SIGBUS), errno.EFAULT, errno.EINVAL, CONTAINED),
+    )
     def moves(outside: World) -> None:
         # With an old size of 0 mremap makes a second mapping of the same shared pages.
         address = native.call("mremap", outside.address & ~4095, 0, 4096, 1)

@@ -60,10 +60,20 @@ raw(
     surface="network",
     name="makes_a_socket_with_garbage_above_the_family",
 )
-raw("socketpair", lambda w: (socket.AF_INET, socket.SOCK_STREAM, 0, ctypes.create_string_buffer(8)), surface="network",
-    name="raw_socketpair_of_inet", outside=reaches(errno.EOPNOTSUPP))  # fmt: skip
-raw("socketpair", lambda w: (30, socket.SOCK_STREAM, 0, ctypes.create_string_buffer(8)), surface="network",
-    name="raw_socketpair_of_tipc", outside=reaches(errno.EAFNOSUPPORT))  # fmt: skip
+raw(
+    "socketpair",
+    lambda w: (socket.AF_INET, socket.SOCK_STREAM, 0, ctypes.create_string_buffer(8)),
+    surface="network",
+    name="raw_socketpair_of_inet",
+    outside=reaches(errno.EOPNOTSUPP),
+)
+raw(
+    "socketpair",
+    lambda w: (30, socket.SOCK_STREAM, 0, ctypes.create_string_buffer(8)),
+    surface="network",
+    name="raw_socketpair_of_tipc",
+    outside=reaches(errno.EAFNOSUPPORT),
+)
 
 # -- listeners of the host ---------------------------------------------------------------------------------------------
 
@@ -150,8 +160,12 @@ def lists_the_interfaces(outside: World) -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 
 
-@attempt(surface="network", refused_with=(PermissionError, socket.gaierror, CONTAINED), call=("socket", "openat"),
-         proof=lambda world, addresses: "127.0.0.1" in addresses)  # fmt: skip
+@attempt(
+    surface="network",
+    refused_with=(PermissionError, socket.gaierror, CONTAINED),
+    call=("socket", "openat"),
+    proof=lambda world, addresses: "127.0.0.1" in addresses,
+)
 def looks_up_a_name(outside: World) -> list[str]:
     return [str(found[4][0]) for found in socket.getaddrinfo("localhost", 1, socket.AF_INET)]
 
@@ -294,8 +308,13 @@ def _is_taken(world: World) -> bool:
         return b"@" + world.token in names.read()
 
 
-@attempt(surface="network", refused_with=PermissionError, call="bind", arrange=_a_name_to_take,
-         proof=lambda world, name: name == world.address)  # fmt: skip
+@attempt(
+    surface="network",
+    refused_with=PermissionError,
+    call="bind",
+    arrange=_a_name_to_take,
+    proof=lambda world, name: name == world.address,
+)
 def gives_its_own_pair_a_name(outside: World) -> bytes:
     here, _there = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     here.bind(outside.address)
@@ -312,7 +331,7 @@ def listens_on_its_own_pair(outside: World) -> None:
     surface="network",
     refused_with=PermissionError,
     call=("sendmsg", "recvmsg"),
-    gives=lambda world: (open(world.secret, "rb"),),
+    gives=lambda world: (open(world.secret, "rb"),),  # noqa: SIM115
 )
 def passes_itself_a_descriptor(outside: World, file: Any) -> bytes:
     # A copy gets a number of the compartment's own, where it would have more rights than the one it was handed.
@@ -365,5 +384,10 @@ raw("connect", lambda w: (0, _packed(b"\0x"), 4), surface="network", outside=rea
 # The host reads the address of a refused call to say what it was: its length is the attempt's own.
 for _call in ("bind", "connect"):
     for _length in (-1, -(2**31), 2**31 - 1, 2**63 - 1):
-        raw(_call, lambda w, n=_length: (0, _packed(b"\0x"), n), surface="network", name=f"raw_{_call}_of_length_{_length}",
-            outside=reaches(errno.ENOTSOCK, errno.EINVAL))  # fmt: skip
+        raw(
+            _call,
+            lambda w, n=_length: (0, _packed(b"\0x"), n),
+            surface="network",
+            name=f"raw_{_call}_of_length_{_length}",
+            outside=reaches(errno.ENOTSOCK, errno.EINVAL),
+        )

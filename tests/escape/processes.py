@@ -23,7 +23,12 @@ CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND = 0x100, 0x200, 0x400, 0x800
 CLONE_PIDFD, CLONE_PTRACE, CLONE_VFORK, CLONE_PARENT, CLONE_THREAD = 0x1000, 0x2000, 0x4000, 0x8000, 0x10000
 CLONE_NEWNS, CLONE_UNTRACED, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x800000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = (
-    0x8000000, 0x10000000, 0x20000000, 0x40000000, 0x80)  # fmt: skip
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+    0x80,
+)
 GROUP, NICENESS = os.getpgrp(), os.getpriority(os.PRIO_PROCESS, 0)
 THREAD = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD
 
@@ -59,8 +64,14 @@ _spawn("clone", 0, name="raw_clone_without_a_signal")
 _spawn("clone", CLONE_VM | CLONE_VFORK | signal.SIGCHLD, name="raw_clone_as_posix_spawn_does")
 _spawn("clone", CLONE_VM | CLONE_FILES | CLONE_FS | signal.SIGCHLD, name="raw_clone_that_shares_memory")
 _spawn("clone", CLONE_UNTRACED | signal.SIGCHLD, name="raw_clone_untraced")
-for _flag, _name in ((CLONE_NEWNS, "mount"), (CLONE_NEWUTS, "uts"), (CLONE_NEWIPC, "ipc"), (CLONE_NEWPID, "pid"),
-                     (CLONE_NEWNET, "network"), (CLONE_NEWCGROUP, "cgroup")):  # fmt: skip
+for _flag, _name in (
+    (CLONE_NEWNS, "mount"),
+    (CLONE_NEWUTS, "uts"),
+    (CLONE_NEWIPC, "ipc"),
+    (CLONE_NEWPID, "pid"),
+    (CLONE_NEWNET, "network"),
+    (CLONE_NEWCGROUP, "cgroup"),
+):
     _spawn("clone", _flag | signal.SIGCHLD, name=f"raw_clone_into_a_{_name}_namespace", privileged=True)
 _spawn("clone", CLONE_NEWUSER | signal.SIGCHLD, name="raw_clone_into_a_user_namespace")
 # Threads are allowed, by exactly the flags that libc's threads have: nothing may ride along with them.
@@ -115,6 +126,26 @@ def forks_by_clone3(outside: World) -> int:
     return native.checked(native.spawn(native.NUMBERS["clone3"], how, len(how)))
 
 
+# What pthread_create of glibc asks for: VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID.
+LIBC_THREAD = 0x3D0F00
+
+
+@attempt(
+    surface="processes",
+    refused_with=errno.EAGAIN,
+    needs={"listener"},
+    policy={"threads": 4},
+    proof=lambda world, count: count >= 4,
+)
+def makes_more_threads_than_it_may(outside: World) -> int:
+    # The one that is running is the first of the four.
+    kept = ctypes.create_string_buffer(16)
+    first, second = ctypes.addressof(kept), ctypes.addressof(kept) + 8
+    for _ in range(16):
+        native.checked(native.park(native.NUMBERS["clone"], LIBC_THREAD, 0, first, second, 0))
+    return 16
+
+
 # -- new programs ------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +163,7 @@ def runs_a_program_that_is_not_there(outside: World) -> None:
     surface="processes",
     refused_with=PermissionError,
     call="execveat",
-    gives=lambda world: (open("/bin/sh", "rb"),),
+    gives=lambda world: (open("/bin/sh", "rb"),),  # noqa: SIM115
     effect=lambda world: world.marker.exists(),
 )
 def becomes_a_program_it_was_handed(outside: World, program: Any) -> None:
@@ -230,8 +261,13 @@ def _token_in_memory(world: World) -> None:
     world.address = ctypes.addressof(world.memory)
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="process_vm_readv", arrange=_token_in_memory,
-         proof=lambda world, length: length == 16)  # fmt: skip
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call="process_vm_readv",
+    arrange=_token_in_memory,
+    proof=lambda world, length: length == 16,
+)
 def reads_the_host_s_memory(outside: World) -> int:
     here = ctypes.create_string_buffer(16)
     local = struct.pack("QQ", ctypes.addressof(here), 16)
@@ -239,8 +275,13 @@ def reads_the_host_s_memory(outside: World) -> int:
     return native.call("process_vm_readv", outside.host, local, 1, remote, 1, 0)
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="process_vm_writev", arrange=_token_in_memory,
-         effect=lambda world: world.memory.raw.startswith(b"written"))  # fmt: skip
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call="process_vm_writev",
+    arrange=_token_in_memory,
+    effect=lambda world: world.memory.raw.startswith(b"written"),
+)
 def writes_the_host_s_memory(outside: World) -> int:
     here = ctypes.create_string_buffer(b"written")
     local = struct.pack("QQ", ctypes.addressof(here), 7)
@@ -248,8 +289,13 @@ def writes_the_host_s_memory(outside: World) -> int:
     return native.call("process_vm_writev", outside.host, local, 1, remote, 1, 0)
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="openat", arrange=_token_in_memory,
-         effect=lambda world: world.memory.raw.startswith(b"written"))  # fmt: skip
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call="openat",
+    arrange=_token_in_memory,
+    effect=lambda world: world.memory.raw.startswith(b"written"),
+)
 def writes_the_host_s_memory_by_proc(outside: World) -> None:
     with open(f"/proc/{outside.host}/mem", "r+b", buffering=0) as memory:
         memory.seek(outside.address)
@@ -379,10 +425,22 @@ def _clock_of(world: World, kind: int) -> int:
     return ((~world.host) << 3) | kind
 
 
-@attempt(surface="processes", refused_with=errno.EINVAL, outside=Unavailable(
-    "a timer signals threads of its own process alone",
-    lambda: native.syscall(native.NUMBERS["timer_create"], 1,
-        struct.pack("Qiii", 0, signal.SIGUSR1, 4, os.getppid()).ljust(64, b"\0"), ctypes.create_string_buffer(8)) == -errno.EINVAL))  # fmt: skip
+@attempt(
+    surface="processes",
+    refused_with=errno.EINVAL,
+    outside=Unavailable(
+        "a timer signals threads of its own process alone",
+        lambda: (
+            native.syscall(
+                native.NUMBERS["timer_create"],
+                1,
+                struct.pack("Qiii", 0, signal.SIGUSR1, 4, os.getppid()).ljust(64, b"\0"),
+                ctypes.create_string_buffer(8),
+            )
+            == -errno.EINVAL
+        ),
+    ),
+)
 def has_a_timer_signal_the_host(outside: World) -> int:
     event = struct.pack("Qiii", 0, signal.SIGUSR1, 4, outside.host).ljust(64, b"\0")  # SIGEV_THREAD_ID
     return native.call("timer_create", 1, event, ctypes.create_string_buffer(8))
@@ -443,8 +501,13 @@ def _core_limit(world: World) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_STACK, world.limits)
 
 
-@attempt(surface="processes", refused_with=PermissionError, call="prlimit64", arrange=_core_limit,
-         effect=lambda world: resource.getrlimit(resource.RLIMIT_STACK)[0] == 7 << 20)  # fmt: skip
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call="prlimit64",
+    arrange=_core_limit,
+    effect=lambda world: resource.getrlimit(resource.RLIMIT_STACK)[0] == 7 << 20,
+)
 def sets_a_limit_of_the_host(outside: World) -> None:
     native.call("prlimit64", outside.host, resource.RLIMIT_STACK, struct.pack("qq", 7 << 20, outside.limits[1]), None)
 
@@ -508,8 +571,15 @@ _becomes("setgroups", 0, 0)
 raw("setuid", lambda w: (os.getuid(),), surface="processes", name="raw_setuid_to_what_it_is")
 
 
-for _flag, _name in ((CLONE_NEWNS, "mount"), (CLONE_NEWUTS, "uts"), (CLONE_NEWIPC, "ipc"), (CLONE_NEWPID, "pid"),
-                     (CLONE_NEWNET, "network"), (CLONE_NEWCGROUP, "cgroup"), (CLONE_NEWTIME, "time")):  # fmt: skip
+for _flag, _name in (
+    (CLONE_NEWNS, "mount"),
+    (CLONE_NEWUTS, "uts"),
+    (CLONE_NEWIPC, "ipc"),
+    (CLONE_NEWPID, "pid"),
+    (CLONE_NEWNET, "network"),
+    (CLONE_NEWCGROUP, "cgroup"),
+    (CLONE_NEWTIME, "time"),
+):
     raw(
         "unshare",
         lambda w, flag=_flag: (flag,),
@@ -521,8 +591,13 @@ raw("unshare", lambda w: (CLONE_NEWUSER,), surface="processes", name="unshares_i
 raw("unshare", lambda w: (CLONE_FILES,), surface="processes", name="unshares_its_descriptors")
 
 
-@attempt(surface="processes", refused_with=PermissionError, call=("openat", "setns"), privileged=True,
-         proof=lambda world, answer: answer == 0)  # fmt: skip
+@attempt(
+    surface="processes",
+    refused_with=PermissionError,
+    call=("openat", "setns"),
+    privileged=True,
+    proof=lambda world, answer: answer == 0,
+)
 def joins_a_namespace_of_the_host(outside: World) -> int:
     return native.call("setns", os.open(f"/proc/{outside.host}/ns/net", os.O_RDONLY), CLONE_NEWNET)
 

@@ -54,8 +54,13 @@ def _title(path: str) -> str:
 
 
 def _reads(path: str) -> None:
-    @attempt(surface="procfs", name=f"reads_{_title(path)}", refused_with=PermissionError, proof=lambda w, n: n > 0,
-             call=() if path in _ASKED_BY_LIBC else "openat")  # fmt: skip
+    @attempt(
+        surface="procfs",
+        name=f"reads_{_title(path)}",
+        refused_with=PermissionError,
+        proof=lambda w, n: n > 0,
+        call=() if path in _ASKED_BY_LIBC else "openat",
+    )
     def reads(outside: World) -> int:
         descriptor = os.open(path.format(host=outside.host, secret=outside.secret), os.O_RDONLY)
         try:

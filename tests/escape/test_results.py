@@ -30,14 +30,18 @@ from compart import (
     CompartmentDied,
     Directory,
     EncodeError,
+    Policy,
     ProtocolError,
+    Secret,
     ViolationError,
     _fast,
+    enforcement,
     message,
     sandboxed,
 )
 from compart.backend.linux.filters import CONTROL, RESULT
 from compart.host import arena
+from tests.escape import native
 
 EMPTY = _fast.Registry(())
 BIG = 1 << 20
@@ -542,6 +546,67 @@ def test_hiding_a_refusal_does_not_hide_the_violation() -> None:
     with pytest.raises(ViolationError) as caught:
         sandboxed(start="fork")(hides)()
     assert [violation.call for violation in caught.value.violations] == ["openat"]
+
+
+def test_what_is_told_of_a_refusal_steers_no_terminal() -> None:
+    """Paths and names are the attacker's words, and people read them on a terminal."""
+    evil = "\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e"
+
+    def words() -> None:
+        code = compile("import os\ndef f():\n  try: os.open('/x', 0)\n  except OSError: pass\nf()", f"/{evil}", "exec")
+        exec(code, {})
+        for path in (f"/{evil}", evil):
+            with contextlib.suppress(OSError):
+                open(path)  # noqa: SIM115
+        with contextlib.suppress(ImportError):
+            __import__(evil)
+        client = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0]
+        with contextlib.suppress(OSError):
+            client.connect(f"/{evil}")
+
+    with pytest.raises(ViolationError) as caught:
+        sandboxed(start="fork")(words)()
+    assert len(caught.value.violations) >= 4
+    for said in (str(caught.value), *map(str, caught.value.violations)):
+        assert all(letter.isprintable() or letter == "\n" for letter in said), ascii(said)
+    assert all("\n" not in str(violation) for violation in caught.value.violations)
+
+
+def test_a_secret_is_not_in_a_compartment() -> None:
+    plain = ctypes.create_string_buffer(b"plain as day")
+    address = ctypes.addressof(plain)
+    assert confine(lambda: ctypes.string_at(address, 12))() == b"plain as day"
+
+    secret = Secret(bytearray(b"kept to itself"))
+    start, _ = where(secret._pages)
+    assert ctypes.string_at(start, 14) == b"kept to itself"
+    with pytest.raises(CompartmentDied) as caught:
+        confine(lambda: ctypes.string_at(start, 14))()
+    assert caught.value.signal == signal.SIGSEGV
+    with pytest.raises(CompartError):
+        confine(secret.reveal)()
+    secret.close()
+
+
+def where(exporter: Any) -> tuple[int, int]:
+    """The address and length of what an object exports by the buffer protocol."""
+    view = (ctypes.c_char * len(memoryview(exporter))).from_buffer(exporter)
+    return ctypes.addressof(view), len(view)
+
+
+@pytest.mark.skipif(not enforcement(Policy())["listener"].up, reason="without a listener nobody counts threads")
+def test_threads_are_bounded_without_a_word() -> None:
+    def parks() -> int:
+        kept = ctypes.create_string_buffer(16)
+        for made in range(2000):
+            answer = native.park(
+                native.NUMBERS["clone"], 0x3D0F00, 0, ctypes.addressof(kept), ctypes.addressof(kept) + 8, 0
+            )
+            if answer < 0:
+                return made
+        return 2000
+
+    assert 100 < confine(parks)() < 1000
 
 
 def test_dying_does_not_hide_the_violation() -> None:

@@ -30,7 +30,11 @@ MACHINES: dict[str, tuple[tuple[str, ...], int | None, set[str]]] = {
     "no-landlock": (("no-landlock",), None, {"landlock"}),
     "no-namespaces": (("no-namespaces",), None, {"namespaces"}),
     "no-listener": (("no-listener",), None, {"listener"}),
-    "nothing-but-seccomp": (("no-landlock", "no-namespaces", "no-listener"), None, {"landlock", "namespaces", "listener"}),
+    "nothing-but-seccomp": (
+        ("no-landlock", "no-namespaces", "no-listener"),
+        None,
+        {"landlock", "namespaces", "listener"},
+    ),
     "a-user-without-privileges": ((), NOBODY, set()),
     "a-user-in-docker": (("docker",), NOBODY, {"namespaces"}),
 }
@@ -60,7 +64,9 @@ def test_no_attempt_gets_through_under(machine: str, runs: Runs) -> None:
         pytest.skip(run)
     done = run.result()
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
-    refused, through, skipped, missing = re.findall(r"(\d+) refused, (\d+) not, (\d+) skipped; without (.*)", done.stdout)[0]
+    refused, through, skipped, missing = re.findall(
+        r"(\d+) refused, (\d+) not, (\d+) skipped; without (.*)", done.stdout
+    )[0]
     assert int(refused) > 600
     assert int(through) == 0
     assert int(skipped) <= MOST_SKIPPED, done.stdout[-5000:]
@@ -106,6 +112,13 @@ def _run(command: list[str], user: int | None, scratch: Path) -> subprocess.Comp
         "TMPDIR": str(scratch),
     }
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-        user=user, group=user, extra_groups=None if user is None else [],
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+    )

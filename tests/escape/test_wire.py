@@ -184,7 +184,8 @@ LIES: dict[str, tuple[Callable[[], None], type[BaseException] | tuple[type[BaseE
     "four_billion_descriptors": (say(frame(message.VALUE, struct.pack("<II", 0, 2**32 - 1), encoded(1))), LIED),
     "a_descriptor_nobody_announced": (tell_control(b"D", lambda: [os.pipe()[0]], HONEST), LIED),
     "a_descriptor_nobody_names": (
-        tell_control(b"D", lambda: [os.pipe()[0]], frame(message.VALUE, message.prefix([], 1), encoded(1))), LIED,
+        tell_control(b"D", lambda: [os.pipe()[0]], frame(message.VALUE, message.prefix([], 1), encoded(1))),
+        LIED,
     ),
     "a_hundred_descriptors": (tell_control(b"D", lambda: list(os.pipe()) * 50), LIED),
     "descriptors_without_any": (tell_control(b"D"), LIED),
@@ -204,7 +205,7 @@ LIES: dict[str, tuple[Callable[[], None], type[BaseException] | tuple[type[BaseE
     "an_exception_with_a_false_stack": (say(frame(message.RAISED, encoded({**ERROR, "frames": [1]}))), LIED),
     "an_exception_that_is_garbage": (say(frame(message.RAISED, b"\xff\xff")), LIED),
     "an_exception_that_nests": (say(frame(message.RAISED, b"\x11\x01" * 100_000)), LIED),
-}  # fmt: skip
+}
 
 
 def test_what_is_written_by_hand_is_taken(unharmed: None) -> None:
@@ -231,9 +232,25 @@ def test_the_host_is_told(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["KeyboardInterrupt", "SystemExit", "GeneratorExit", "BaseException", "ExceptionGroup", "BaseExceptionGroup",
-     "object", "eval", "open", "__import__", "print", "os.error", "compart.ViolationError", "", "builtins.ValueError", "a" * 100_000],
-)  # fmt: skip
+    [
+        "KeyboardInterrupt",
+        "SystemExit",
+        "GeneratorExit",
+        "BaseException",
+        "ExceptionGroup",
+        "BaseExceptionGroup",
+        "object",
+        "eval",
+        "open",
+        "__import__",
+        "print",
+        "os.error",
+        "compart.ViolationError",
+        "",
+        "builtins.ValueError",
+        "a" * 100_000,
+    ],
+)
 def test_only_builtin_exceptions_are_made(name: str, unharmed: None) -> None:
     with pytest.raises(compart.RemoteError):
         call(say(frame(message.RAISED, encoded({**ERROR, "type": name, "args": ("true", [])}))))
@@ -256,7 +273,7 @@ def test_only_builtin_exceptions_are_made(name: str, unharmed: None) -> None:
     ],
 )
 def test_arguments_of_exceptions_do_no_harm(name: str, args: tuple[Any, ...], unharmed: None) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011  -- which one is the lie's own business
+    with pytest.raises(Exception) as caught:
         call(say(frame(message.RAISED, encoded({**ERROR, "type": name, "args": args}))))
     assert isinstance(caught.value, (CompartError, Exception))
     assert not isinstance(caught.value, (KeyboardInterrupt, SystemExit))

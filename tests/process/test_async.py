@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import functools
+import inspect
 import os
 import threading
 import time
@@ -28,8 +29,8 @@ def square(n):
     return n * n
 
 
-@sandboxed
-def sleeps(seconds=60):
+@sandboxed(timeout=20)
+def sleeps(seconds=15):
     time.sleep(seconds)
     return "slept"
 
@@ -50,10 +51,9 @@ def test_a_coroutine_function_is_awaited():
 
 
 def test_a_coroutine_function_looks_like_one():
-    import inspect
-
-    assert inspect.iscoroutine(made := fetch(1))
+    made = fetch(1)
     made.close()
+    assert inspect.iscoroutine(made)
 
 
 def test_a_coroutine_function_also_runs_without_a_loop():
@@ -251,12 +251,15 @@ def test_the_cpu_limit_is_kept():
 
 
 def test_a_task_group_that_fails_kills_the_rest():
+    async def grouped():
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(sleeps.aio())
+            group.create_task(sandboxed(lambda: 1 / 0).aio())
+
     async def main():
         with pytest.raises(ExceptionGroup) as caught:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(3):
-                    group.create_task(sleeps.aio())
-                group.create_task(sandboxed(lambda: 1 / 0).aio())
+            await grouped()
         assert children() == []
         return caught.value
 

@@ -864,7 +864,7 @@ def test_what_is_warmed_is_warm_once():
 
 
 def test_processes_inside_are_not_supported_and_that_is_told(no_fork):
-    with pytest.raises(compart.UnsupportedError, match="processes=2: .*use processes=0"):
+    with pytest.raises(compart.UnsupportedError, match=r"processes=2: .*use processes=0"):
         sandboxed(add, processes=2)(1)
 
 

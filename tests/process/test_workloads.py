@@ -445,8 +445,7 @@ def all_of_fonttools():
     import fontTools.ttLib.tables
 
     for module in pkgutil.iter_modules(fontTools.ttLib.tables.__path__):
-        if len(module.name) < 18:
-            importlib.import_module(f"fontTools.ttLib.tables.{module.name}")
+        importlib.import_module(f"fontTools.ttLib.tables.{module.name}")
 
 
 def reads_a_font(data):

@@ -207,6 +207,17 @@ cdef extern from *:
     #ifndef AT_EMPTY_PATH
     #define AT_EMPTY_PATH 0x1000
     #endif
+    static int compart_names_nothing(const char *path)
+    {
+        unsigned char resident;
+        if (path == NULL)
+            return 1;
+        /* The kernel would answer EFAULT for memory that is not there. */
+        if (syscall(SYS_mincore, (void *)((uintptr_t)path & ~(uintptr_t)4095), 1, &resident) != 0)
+            return 0;
+        return *path == 0;
+    }
+
     #if defined(__x86_64__)
     static void compart_on_trap(int sig, siginfo_t *info, void *context)
     {
@@ -217,7 +228,7 @@ cdef extern from *:
             return;
         if (info->si_syscall == SYS_newfstatat) {
             const char *path = (const char *)r[REG_RSI];
-            if ((path == NULL || *path == 0) && (r[REG_R10] & AT_EMPTY_PATH))
+            if ((r[REG_R10] & AT_EMPTY_PATH) && compart_names_nothing(path))
                 r[REG_RAX] = compart_raw(SYS_fstat, (int)r[REG_RDI], r[REG_RDX], 0, 0, 0, 0);
             else
                 r[REG_RAX] = compart_raw(SYS_newfstatat, r[REG_RDI], r[REG_RSI], r[REG_RDX],
@@ -238,7 +249,7 @@ cdef extern from *:
             return;
         if (info->si_syscall == SYS_newfstatat) {
             const char *path = (const char *)m->regs[1];
-            if ((path == NULL || *path == 0) && (m->regs[3] & AT_EMPTY_PATH))
+            if ((m->regs[3] & AT_EMPTY_PATH) && compart_names_nothing(path))
                 result = syscall(SYS_fstat, (int)m->regs[0], m->regs[2]);
             else
                 result = syscall(SYS_newfstatat, m->regs[0], m->regs[1], m->regs[2],

@@ -10,6 +10,7 @@ and absolute paths and links resolve in the compartment's root, which holds noth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,7 +21,7 @@ from functools import lru_cache
 
 from compart import _fast
 from compart.backend.linux import _sys
-from compart.errors import UnsupportedError
+from compart.errors import PolicyError, UnsupportedError
 from compart.policy import Grant
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = (
@@ -57,7 +58,8 @@ class Namespaces:
 
     def close(self) -> None:
         for descriptor in self.owned:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
         self.joins = self.owned = ()
 
 
@@ -70,7 +72,8 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
-_made: dict[tuple[Grant, ...], Namespaces] = {}
+Key = tuple[tuple[Grant, ...], tuple[tuple[int, int], ...], int]
+_made: dict[Key, Namespaces] = {}
 _refused: dict[str, str] = {}
 MOST_KEPT = 64
 
@@ -80,13 +83,15 @@ def namespaces(grants: tuple[Grant, ...] = ()) -> Namespaces:
 
     UnsupportedError when the machine refuses to make them.
     """
+    key = grants, identities(grants), os.geteuid()
     with _lock:
-        if grants in _made:
-            return _made[grants]
+        if key in _made:
+            return _made[key]
         if "" in _refused:
             raise _unsupported(_refused[""])
         try:
-            base = _made.get(()) or _keep((), _build(lambda: _make_world((), _kinds())))
+            nothing = (), (), os.geteuid()
+            base = _made.get(nothing) or _keep(nothing, _build(lambda: _make_world((), _kinds())))
             if not grants:
                 return base
             # Only the root differs: everything else is shared with the namespaces that hold nothing.
@@ -97,19 +102,31 @@ def namespaces(grants: tuple[Grant, ...] = ()) -> Namespaces:
             raise _unsupported(error.text) from None
         joins = tuple((kind, world if kind == CLONE_NEWNS else descriptor) for kind, descriptor in base.joins)
         while len(_made) > MOST_KEPT:
-            _made.pop(next(key for key in _made if key)).close()
-        _made[grants] = Namespaces(joins, owned=(world,))
-        return _made[grants]
+            _made.pop(next(key for key in _made if key[0])).close()
+        _made[key] = Namespaces(joins, owned=(world,))
+        return _made[key]
+
+
+def identities(grants: tuple[Grant, ...]) -> tuple[tuple[int, int], ...]:
+    """What the granted paths name at this moment: a file that was replaced is another one. PolicyError when one is gone."""
+    found = []
+    for grant in grants:
+        try:
+            status = os.stat(grant.path)
+        except OSError as error:
+            raise PolicyError(f"{grant}: {error.strerror}; name something that exists") from None
+        found.append((status.st_dev, status.st_ino))
+    return tuple(found)
 
 
 def _kinds() -> list[str]:
     return [name for name, _ in KINDS if name != "user" or not _privileged()]
 
 
-def _keep(grants: tuple[Grant, ...], descriptors: list[int]) -> Namespaces:
+def _keep(key: Key, descriptors: list[int]) -> Namespaces:
     flags = [dict(KINDS)[name] for name in _kinds()]
-    _made[grants] = Namespaces(tuple(zip(flags, descriptors, strict=True)), owned=tuple(descriptors))
-    return _made[grants]
+    _made[key] = Namespaces(tuple(zip(flags, descriptors, strict=True)), owned=tuple(descriptors))
+    return _made[key]
 
 
 def detached(descriptor: int, writable: bool) -> int:
@@ -140,7 +157,7 @@ def close_all() -> None:
             made.close()
         _made.clear()
         _refused.clear()
-        _privileged.cache_clear()
+        _privileged_as.cache_clear()
 
 
 def _unsupported(reason: str) -> UnsupportedError:
@@ -151,9 +168,13 @@ def _unsupported(reason: str) -> UnsupportedError:
     )
 
 
-@lru_cache(maxsize=1)
 def _privileged() -> bool:
     """Whether this process may make mounts without a user namespace (CAP_SYS_ADMIN and CAP_SYS_CHROOT)."""
+    return _privileged_as(os.geteuid())
+
+
+@lru_cache(maxsize=4)
+def _privileged_as(user: int) -> bool:
     with open("/proc/self/status") as status:
         for line in status:
             if line.startswith("CapEff:"):
@@ -237,7 +258,7 @@ def _make_world(grants: Sequence[Grant], kinds: Sequence[str]) -> list[int]:
     _sys.move_mount(root, b"", -100, b"/", MOVE_MOUNT_F_EMPTY_PATH)
     # Shorter paths first, so that a grant beneath another one is mounted onto it.
     for tree, grant in sorted(zip(trees, grants, strict=True), key=lambda pair: len(pair[1].path)):
-        _place(root, tree, grant)
+        _place(root, tree, grant, _place_of(grant, grants))
     _sys.mount_setattr(root, b"", AT_EMPTY_PATH, RDONLY, 0)
     os.fchdir(root)
     _sys.pivot_root(b".", b".")
@@ -251,9 +272,19 @@ def _grant_tree(grant: Grant) -> int:
     return tree
 
 
-def _place(root: int, tree: int, grant: Grant) -> None:
-    relative = grant.path.lstrip("/")
-    parts = relative.split("/")
+def _place_of(grant: Grant, grants: Sequence[Grant]) -> str:
+    """Where a grant is mounted: beneath another grant the links on the way lead to the real place, and that is it."""
+    for outer in grants:
+        if outer is not grant and outer.kind == "directory" and grant.path.startswith(outer.path + "/"):
+            inner = os.path.realpath(os.path.dirname(grant.path))
+            if (inner + "/").startswith(os.path.realpath(outer.path) + "/"):
+                within = os.path.relpath(inner, os.path.realpath(outer.path))
+                return os.path.normpath(os.path.join(outer.path, within, os.path.basename(grant.path)))
+    return grant.path
+
+
+def _place(root: int, tree: int, grant: Grant, path: str) -> None:
+    parts = path.lstrip("/").split("/")
     at = os.dup(root)
     for n, part in enumerate(parts):
         last = n == len(parts) - 1

@@ -130,18 +130,27 @@ class Linux:
         return mounts.detached(descriptor, writable)
 
     def __init__(self) -> None:
-        self._plans: dict[Policy, Plan] = {}
+        self._plans: dict[tuple[Policy, int], Plan] = {}
+
+    def forget(self) -> None:
+        """Drop what is kept between calls: plans, namespaces, rulesets."""
+        self._plans.clear()
+        mounts.close_all()
+        while _rulesets:
+            with contextlib.suppress(OSError):
+                os.close(_rulesets.popitem()[1])
 
     def plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
         """Decide everything before the fork. UnsupportedError for a wall that cannot be put up."""
         # What a policy alone decides is kept, but for what can change under it: paths, and what was handed over.
         if handed or any(grant.path for grant in policy.grants):
             return self._plan(policy, handed)
-        kept = self._plans.get(policy)
+        key = policy, os.geteuid()
+        kept = self._plans.get(key)
         if kept is None or kept.host != os.getpid() or kept.null != _null():
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            kept = self._plans[policy] = self._plan(policy, handed)
+            kept = self._plans[key] = self._plan(policy, handed)
         return kept
 
     def _plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
@@ -184,7 +193,7 @@ class Linux:
                 ruleset=ruleset,
                 moves=[(item.descriptor, number) for item, number in zip(handed, numbers, strict=True)],
                 numbers=numbers,
-                cwd=os.getcwd() if by_name else "/",
+                cwd=_working_directory() if by_name else "/",
                 host=os.getpid(),
                 null=_null(),
                 owned=owned,
@@ -483,12 +492,19 @@ def _ranges(handed: Sequence[Handed]) -> tuple[tuple[Rights, ...], list[int]]:
     return tuple(sets), numbers
 
 
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
+
+
 def _widest(modes: object) -> str:
     found = set(modes)  # type: ignore[call-overload]
     return "" if not found else "r" if found == {"r"} else "rw"
 
 
-_rulesets: dict[tuple[Grant, ...], int] = {}
+_rulesets: dict[tuple[object, ...], int] = {}
 
 
 def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Handed]) -> tuple[int, list[int]]:
@@ -507,16 +523,17 @@ def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Hande
             for descriptor, _ in rules:
                 os.close(descriptor)
         return made, [made]
-    if by_name not in _rulesets:
+    key = by_name, mounts.identities(by_name)
+    if key not in _rulesets:
         if len(_rulesets) > 64:
             os.close(_rulesets.pop(next(iter(_rulesets))))
         rules = _named(by_name)
         try:
-            _rulesets[by_name] = landlock.ruleset(rules)
+            _rulesets[key] = landlock.ruleset(rules)
         finally:
             for descriptor, _ in rules:
                 os.close(descriptor)
-    return _rulesets[by_name], []
+    return _rulesets[key], []
 
 
 def _named(by_name: tuple[Grant, ...]) -> list[tuple[int, int]]:
