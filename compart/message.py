@@ -27,6 +27,8 @@ OVERHEAD = 1 << 16
 
 PREFIX = struct.Struct("<II")
 PART = struct.Struct("<QQ")
+NOTHING_BESIDE = PREFIX.pack(0, 0)
+"""What stands before a value without big buffers and descriptors."""
 
 
 def memory_for(limit: int) -> int:

@@ -90,10 +90,10 @@ class Backend(System, Protocol):
         """Host: drop everything that is kept between calls, as it may be gone or another user's."""
         ...
 
-    def enter(self, plan: Any, channel: Channel, script: Any, prepare: Callable[[list[int]], None]) -> None:
-        """Child: put up every wall of the plan. There is no way back.
+    def enter(self, plan: Any, script: Any, prepare: Callable[[], None]) -> None:
+        """Child: put up every wall of the plan, by what `plan.write` gave. There is no way back.
 
-        `prepare` is called with the numbers that the handed descriptors got, when all walls are up but the last.
+        `prepare` is called when the handed descriptors have their numbers and all walls are up but the last.
         """
         ...
 

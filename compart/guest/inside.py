@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 _handed: dict[int, Any] = {}
-_inside = False
-
-
-def enter() -> None:
-    """Remember that this process is a compartment. Called by the worker."""
-    global _inside
-    _inside = True
+inside = False
+"""Whether this process is a compartment. Set by the worker."""
 
 
 def sandboxed_here() -> bool:
     """Whether this code runs in a compartment."""
-    return _inside
+    return inside
 
 
 def hand(original: object, made: object) -> None:

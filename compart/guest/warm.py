@@ -31,6 +31,7 @@ MODULES = (
     "concurrent.futures.thread", "asyncio", "selectors", "select", "socket", "signal", "subprocess", "logging", "platform",
     "ctypes", "faulthandler", "resource", "fcntl", "html.entities", "xml.etree.ElementTree", "urllib.parse", "mimetypes",
     "email.message", "email.parser", "csv", "sqlite3", "importlib.resources", "ctypes.util",
+    "tracemalloc", "statistics", "argparse", "gettext",
     "email.policy", "email.headerregistry", "html.parser", "xml.dom.minidom", "xml.sax.saxutils",
 )  # fmt: skip
 

@@ -25,8 +25,9 @@ from compart import _fast, message
 from compart.backend import Backend, Channel
 from compart.backend.linux.filters import CONTROL, RESULT, TRACE
 from compart.capability import Directory, Handed, rebuild
+from compart.guest import inside
 from compart.guest.explain import where
-from compart.guest.inside import enter, hand
+from compart.guest.inside import hand
 
 INLINE = 65536
 """Buffers from this size on travel by shared memory instead of the pipe."""
@@ -47,6 +48,33 @@ class Job:
     plan: Any
     channel: Channel
     script: Any
+    looping: bool
+    replaced: tuple[object, ...]
+    files: list[io.IOBase]
+
+    def prepare(self) -> None:
+        """Make the inherited interpreter fit for a life inside: all walls are up but the last."""
+        # The host's streams hold text that it has not written yet; it must not come out a second time.
+        stdin, stdout, stderr = STREAMS if STREAMS is not None else _make_streams()
+        sys.stdin = sys.__stdin__ = stdin  # type: ignore[misc]
+        sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = stderr  # type: ignore[misc]
+        if self.handed:
+            self._rebuild()
+        if self.looping:
+            # The host's running loop is not ours: its selector's descriptors are gone.
+            sys.modules["asyncio.events"]._set_running_loop(None)
+        _no_surprises()
+        inside.inside = True
+
+    def _rebuild(self) -> None:
+        rebuilt: dict[int, object] = {}
+        for item, number in zip(self.handed, self.plan.numbers, strict=True):
+            made = rebuild(item, number)
+            rebuilt[id(item.original)] = made
+            hand(item.original, made)
+        self.args, self.kwargs = _replace(self.args, rebuilt, {}), _replace(self.kwargs, rebuilt, {})
+        self.files = [made for made in rebuilt.values() if isinstance(made, io.IOBase)]
 
 
 def main(backend: Backend, job: Job) -> None:
@@ -66,56 +94,45 @@ def main(backend: Backend, job: Job) -> None:
 def _enter_and_run(backend: Backend, job: Job) -> int:
     gc.disable()
     gc.freeze()
-    rebuilt: dict[int, object] = {}
-
-    def prepare(numbers: list[int]) -> None:
-        _new_streams()
-        for item, number in zip(job.handed, numbers, strict=True):
-            made = rebuild(item, number)
-            rebuilt[id(item.original)] = made
-            hand(item.original, made)
-        _forget_event_loop()
-        _no_surprises()
-        enter()
-
-    # The walls report by the pipe's number of before or after the move, whichever is there.
-    result = job.channel.result
     try:
-        backend.enter(job.plan, job.channel, job.script, prepare)
+        backend.enter(job.plan, job.script, job.prepare)
     except Exception as error:
-        wall, reason = getattr(error, "wall", "start"), getattr(error, "reason", repr(error))
-        for number in (RESULT, result):
-            with contextlib.suppress(OSError):
-                _fast.write_frame(number, message.WALL, f"{wall}\n{reason}".encode(errors="replace")[:4000])
-                break
-        return 71
+        return _say_which_wall(job, error)
     gc.enable()
-    args, kwargs = job.args, job.kwargs
-    if rebuilt:
-        args = _replace(args, rebuilt, {})
-        kwargs = _replace(kwargs, rebuilt, {})
-    _run(job, args, kwargs, [made for made in rebuilt.values() if isinstance(made, io.IOBase)])
-    return 0
-
-
-def _run(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any], files: list[io.IOBase]) -> None:
     try:
-        value = job.function(*args, **kwargs)
-        if job.kind == "coroutine":
-            value = _await(value)
-        elif job.kind in ("stream", "async stream"):
-            _stream(job, value)
-            value = None
-        for file in files:
-            # Outside, closing the file or letting it go would write what it holds; this process ends without either.
-            if not file.closed and file.writable():
-                file.flush()
+        value = job.function(*job.args, **job.kwargs)
+        if job.kind != "call" or job.files:
+            value = _finish(job, value)
     except BaseException as error:
         _flush()
         _send_error(error)
-        return
+        return 0
     _flush()
     _send_value(job, message.END if "stream" in job.kind else message.VALUE, value)
+    return 0
+
+
+def _say_which_wall(job: Job, error: Exception) -> int:
+    wall, reason = getattr(error, "wall", "prepare"), getattr(error, "reason", repr(error))
+    # By the pipe's number of before or after the move, whichever is there.
+    for number in (RESULT, job.channel.result):
+        with contextlib.suppress(OSError):
+            _fast.write_frame(number, message.WALL, f"{wall}\n{reason}".encode(errors="replace")[:4000])
+            break
+    return 71
+
+
+def _finish(job: Job, value: Any) -> Any:
+    if job.kind == "coroutine":
+        value = _await(value)
+    elif job.kind != "call":
+        _stream(job, value)
+        value = None
+    for file in job.files:
+        # Outside, closing the file or letting it go would write what it holds; this process ends without either.
+        if not file.closed and file.writable():
+            file.flush()
+    return value
 
 
 def _await(awaitable: Any) -> Any:
@@ -171,6 +188,8 @@ def _value_frame(job: Job, kind: int, value: Any) -> tuple[int, tuple[bytes, ...
         return None
 
     body = _fast.encode(value, job.registry, job.result_limit, inline=INLINE, buffers=buffers, describe=describe)
+    if not buffers and not descriptors:
+        return kind, (message.NOTHING_BESIDE, body)
     if descriptors:
         _fast.send_fds(CONTROL, b"D", descriptors)
     places: list[tuple[int, int]] = []
@@ -317,11 +336,6 @@ class _LateImport:
             os.write(TRACE, f"import {name}\n".encode(errors="replace")[:300])
 
 
-def _new_streams() -> None:
-    # The host's objects hold text that it has not written yet; it must not come out a second time.
-    sys.stdin, sys.stdout, sys.stderr = STREAMS if STREAMS is not None else _make_streams()
-
-
 def _make_streams() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIOWrapper]:
     def on(number: int, mode: str) -> io.TextIOWrapper:
         raw = io.FileIO(number, mode, closefd=False)
@@ -341,21 +355,22 @@ def _streams_made_early() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIO
 
 
 CPU_COUNT = os.cpu_count()
+REPLACED = (linecache.checkcache, linecache.updatecache, sys.unraisablehook, threading.excepthook, os.cpu_count)
+"""Kept when they are replaced: to free one costs a page fault for every object that hangs on it."""
 STREAMS = _streams_made_early()
 LATE_IMPORT = _LateImport()
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-
-
-def _forget_event_loop() -> None:
-    """The host's running loop is not ours: its selector's descriptors are gone."""
-    events = sys.modules.get("asyncio.events")
-    if events is not None:
-        events._set_running_loop(None)
+    # Not suppress(): a class that is used for the first time after the fork, and a dozen page faults.
+    try:  # noqa: SIM105
+        sys.stdout.flush()
+    except Exception:
+        pass
+    try:  # noqa: SIM105
+        sys.stderr.flush()
+    except Exception:
+        pass
 
 
 def _no_surprises() -> None:

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import stat
+import sys
 import threading
 import time
 import weakref
@@ -139,7 +140,8 @@ class Compartment:
             script = self.plan.write(channel)
             job = Job(
                 self.call.function, self.call.args, self.call.kwargs, self.call.kind, handed, self.call.registry,
-                self.call.types, self.policy.result_limit, self.plan, channel, script,
+                self.call.types, self.policy.result_limit, self.plan, channel, script, _looping(), _replaced(),
+                [],
             )  # fmt: skip
             for descriptor in (self.result, self.control, self.trace, *self.output):
                 os.set_blocking(descriptor, False)
@@ -432,10 +434,13 @@ class Compartment:
         # Loans are used in the order in which they were made, one for each value that has big buffers.
         room = self.leases[0].size if self.leases else 0
         parts = message.take_apart(frame, room)
-        if parts.descriptors != len(self.descriptors):
+        if parts.descriptors > len(self.descriptors):
             raise ProtocolError(
                 f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}"
             )
+        # In a stream those of later values may have come already; the last value leaves none over.
+        ours, self.descriptors = self.descriptors[: parts.descriptors], self.descriptors[parts.descriptors :]
+        over = self.descriptors if self.finished else []
         memory: Any = self.leases.pop(0) if parts.places else None
         if memory is not None and not self.finished:
             self.used.append(memory)
@@ -451,22 +456,17 @@ class Compartment:
                 self.call.registry,
                 self.policy.result_limit,
                 memory,
-                lambda kind, meta: self._attach(kind, meta, made),
+                lambda kind, meta: _attach(kind, meta, ours, made),
             )
-            if self.descriptors:
+            if ours or over:
                 raise ProtocolError("the compartment sent a descriptor that its value does not name")
         except BaseException:
             for item in made:
                 item.close()
+            for descriptor in ours:
+                os.close(descriptor)
             raise
         return read
-
-    def _attach(self, kind: str, meta: object, made: list[Any]) -> object:
-        """A file or directory that came out: it is what the kernel says, whatever the compartment said."""
-        if not self.descriptors:
-            raise ProtocolError("the compartment named a descriptor that it did not send")
-        made.append(arrived(self.descriptors.pop(0), kind, meta))
-        return made[-1]
 
     def end(self, frame: tuple[int, bytes] | None) -> Any:
         """The value of the last frame, or the error that the end of the compartment means."""
@@ -593,6 +593,26 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+def _looping() -> bool:
+    """Whether an event loop runs on this thread."""
+    events = sys.modules.get("asyncio.events")
+    return events is not None and events._get_running_loop() is not None
+
+
+def _replaced() -> tuple[object, ...]:
+    """What a compartment replaces by its own, and must not free: a stream would write what it holds; all would cost time."""
+    streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
+    return *streams, sys.excepthook, sys.argv, sys.orig_argv, os.environ._data  # type: ignore[attr-defined]
+
+
+def _attach(kind: str, meta: object, descriptors: list[int], made: list[Any]) -> object:
+    """A file or directory that came out: it is what the kernel says, whatever the compartment said."""
+    if not descriptors:
+        raise ProtocolError("the compartment named a descriptor that it did not send")
+    made.append(arrived(descriptors.pop(0), kind, meta))
+    return made[-1]
 
 
 def arrived(descriptor: int, kind: str, meta: object) -> object:

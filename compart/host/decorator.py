@@ -316,13 +316,21 @@ class _Watch:
         for descriptor in self.watched - wanted:
             self.epoll.unregister(descriptor)
         self.watched = wanted
-        arrived = asyncio.Event()
-        loop.add_reader(self.epoll.fileno(), arrived.set)
+        # Not asyncio.wait_for(): in Python 3.11 a cancellation that comes together with the event is lost in it.
+        arrived = loop.create_future()
+
+        def wake() -> None:
+            if not arrived.done():
+                arrived.set_result(None)
+
+        loop.add_reader(self.epoll.fileno(), wake)
+        timer = None if timeout is None else loop.call_later(timeout, wake)
         try:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(arrived.wait(), timeout)
+            await arrived
         finally:
             loop.remove_reader(self.epoll.fileno())
+            if timer is not None:
+                timer.cancel()
 
     def close(self) -> None:
         self.epoll.close()

@@ -523,7 +523,7 @@ raw(
 )
 raw(
     "fcntl",
-    lambda w, r, e: (r.fileno(), fcntl.F_SETOWN, os.getpid()),
+    lambda w, r, e: (r.fileno(), fcntl.F_SETOWN, w.host),
     name="owns_a_granted_pipe",
     **_ON_A_PIPE,
     effect=lambda w: fcntl.fcntl(w.pipe, fcntl.F_GETOWN) != 0,
@@ -556,24 +556,34 @@ raw(
 )
 
 
-def _a_terminal(world: World) -> tuple[Any, ...]:
-    world.master, slave = os.openpty()
-    os.set_blocking(world.master, False)
-    world.terminal = os.fdopen(slave, "r+b", buffering=0)
+def _a_terminal(world: World) -> Iterator[None]:
+    master, world.slave = os.openpty()
+    yield
+    os.close(master)
+
+
+def _gives_the_terminal(world: World) -> tuple[Any, ...]:
+    world.terminal = os.fdopen(world.slave, "r+b", buffering=0)
     return (world.terminal,)
+
+
+_ON_A_TERMINAL: dict[str, Any] = {
+    "surface": "descriptors",
+    "refused_with": PermissionError,
+    "call": "ioctl",
+    "arrange": _a_terminal,
+    "gives": _gives_the_terminal,
+}
 
 
 def _typed(world: World) -> bool:
     # The line that was typed waits to be read, by whoever reads the terminal next.
     count = ctypes.c_int()
     native.call("ioctl", world.terminal.fileno(), 0x541B, count)  # FIONREAD
-    os.close(world.master)
     return count.value > 0
 
 
-@attempt(
-    surface="descriptors", refused_with=PermissionError, call="ioctl", gives=_a_terminal, effect=_typed, privileged=True
-)
+@attempt(**_ON_A_TERMINAL, effect=_typed, privileged=True)
 def types_into_a_terminal_it_was_handed(outside: World, terminal: Any) -> None:
     for letter in b"id\n":
         native.call("ioctl", terminal.fileno(), 0x5412, bytes([letter]))  # TIOCSTI
@@ -582,12 +592,10 @@ def types_into_a_terminal_it_was_handed(outside: World, terminal: Any) -> None:
 def _echoes_no_more(world: World) -> bool:
     import termios
 
-    echoes = termios.tcgetattr(world.terminal)[3] & termios.ECHO
-    os.close(world.master)
-    return not echoes
+    return not termios.tcgetattr(world.terminal)[3] & termios.ECHO
 
 
-@attempt(surface="descriptors", refused_with=PermissionError, call="ioctl", gives=_a_terminal, effect=_echoes_no_more)
+@attempt(**_ON_A_TERMINAL, effect=_echoes_no_more)
 def changes_a_terminal_it_was_handed(outside: World, terminal: Any) -> None:
     settings = ctypes.create_string_buffer(64)
     native.call("ioctl", terminal.fileno(), 0x5401, settings)  # TCGETS
@@ -606,7 +614,7 @@ def _a_peer_sends_the_secret(world: World) -> tuple[Any, ...]:
     here, world.peer = socket.socketpair()
     with open(world.secret, "rb") as file:
         world.peer.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
-    return here, world.peer.dup()
+    return here, world.peer
 
 
 @attempt(surface="descriptors", refused_with=PermissionError, call="recvmsg", gives=_a_peer_sends_the_secret)

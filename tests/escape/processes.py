@@ -211,20 +211,19 @@ def runs_a_command_by_posix_spawn(outside: World) -> None:
 
 
 def _outlived(world: World) -> bool:
-    """Is somebody still holding the pipe, after the attempt's own process is gone?"""
-    os.set_blocking(world.pipe[0], False)
-    os.close(world.pipe[1])
+    """Is somebody still holding the other end of the pipe, after the attempt's own process is gone?"""
+    world.ours.close()
     try:
-        return os.read(world.pipe[0], 1) != b""
+        return os.read(world.watched.fileno(), 1) != b""
     except BlockingIOError:
         return True
 
 
 def _pipe_to_hold(world: World) -> Iterator[None]:
-    world.pipe = os.pipe()
-    os.set_inheritable(world.pipe[1], True)
-    yield
-    os.close(world.pipe[0])
+    read_end, world.held = os.pipe()
+    os.set_blocking(read_end, False)
+    with open(read_end, "rb", buffering=0) as world.watched, open(world.held, "wb", buffering=0) as world.ours:
+        yield
 
 
 @attempt(
@@ -238,9 +237,9 @@ def outlives_its_caller(outside: World) -> None:
     if os.fork() == 0:
         os.setsid()
         # Until the host closes its end.
-        held = select.poll()
-        held.register(outside.pipe[1], 0)
-        held.poll(10_000)
+        watch = select.poll()
+        watch.register(outside.held, 0)
+        watch.poll(10_000)
         os._exit(0)
 
 

@@ -1,9 +1,10 @@
 """Surface "procfs": /proc, /sys and /dev, by which a process looks at itself, at others and at the machine."""
 
+import errno
 import os
 from typing import Any
 
-from tests.escape.framework import World, attempt
+from tests.escape.framework import World, attempt, reaches
 
 _READABLE = (
     "/proc/self/environ",
@@ -99,6 +100,9 @@ _opens("/dev/shm", os.O_RDONLY | os.O_DIRECTORY, "opens_dev_shm")
 _opens("/dev/ptmx", os.O_RDWR | os.O_NOCTTY, "opens_a_terminal")
 _opens("/proc/sys/kernel/hostname", os.O_WRONLY, "opens_the_host_name_for_writing", privileged=True)
 _opens("/proc/sys/kernel/core_pattern", os.O_WRONLY, "opens_the_core_pattern_for_writing", privileged=True)
+_opens(
+    "/proc/sysrq-trigger", os.O_WRONLY, "opens_the_trigger", privileged=True, outside=reaches(errno.ENOENT, errno.EROFS)
+)
 _opens("/dev/kmsg", os.O_RDONLY, "opens_the_kernel_log", privileged=True)
 
 

@@ -1,15 +1,23 @@
 """Every attempt of the table: it gets through outside, and is refused inside for the stated reason."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from compart import ViolationError
-from tests.escape.framework import Attempt, Unavailable, judge_inside, judge_outside, run_inside, walls_here, world_for
+from tests.escape.framework import (
+    Attempt,
+    Unavailable,
+    judge_inside,
+    judge_outside,
+    privileged,
+    run_inside,
+    walls_here,
+    world_for,
+)
 from tests.escape.table import ATTEMPTS
 
-WALLS = walls_here()
+WALLS, PRIVILEGED = walls_here(), privileged()
 
 UNAVAILABLE = {
     "processes-has_a_timer_signal_the_host",  # the kernel itself lets a timer signal threads of its own process alone
@@ -22,7 +30,7 @@ UNAVAILABLE = {
 
 @pytest.mark.parametrize("one", ATTEMPTS.values(), ids=ATTEMPTS.keys())
 def test_attempt(one: Attempt, tmp_path: Path) -> None:
-    if not one.privileged or os.geteuid() == 0:
+    if not one.privileged or PRIVILEGED:
         assert judge_outside(one, tmp_path / "outside") is None
     assert judge_inside(one, tmp_path / "inside", WALLS) is None
 

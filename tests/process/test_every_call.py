@@ -243,7 +243,7 @@ def test_ending_the_only_thread_ends_the_process() -> None:
 def test_returning_from_no_signal_ends_it() -> None:
     with pytest.raises(CompartmentDied) as caught:
         confined(lambda: native.syscall(native.NUMBERS["rt_sigreturn"]))
-    assert caught.value.signal == signal.SIGSEGV
+    assert caught.value.signal in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
 
 
 @pytest.mark.parametrize("name", ["pause", "select", "pselect6", "ppoll"])

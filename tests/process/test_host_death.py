@@ -373,6 +373,27 @@ def test_a_host_that_forks_while_another_thread_warms_up_can_call_in_both() -> N
     """)
 
 
+def test_threads_that_fork_at_the_same_moment_do_not_take_each_other_for_another_host() -> None:
+    """Handlers before a fork are Python: another thread may fork while they run."""
+    runs("""
+        os.register_at_fork(before=lambda: time.sleep(0.002))
+        wrong = []
+        def reads():
+            for _ in range(10):
+                with open(__import__("compart").__file__) as file:
+                    try:
+                        assert sandboxed(lambda file: file.read(3))(file) == '\"\"\"'
+                    except Exception as error:
+                        wrong.append(error)
+        threads = [threading.Thread(target=reads) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, wrong
+    """)
+
+
 def test_a_result_of_the_parent_stays_what_it_is_in_a_forked_host() -> None:
     """The memory that a big result lies in is not in the child; asking for it there is an error or the bytes, no crash."""
     runs("""

@@ -20,7 +20,7 @@ import pytest
 
 from compart import Buffer, CompartmentDied, _fast, message, sandboxed
 from compart.backend.linux.filters import CONTROL, RESULT
-from compart.host import arena
+from compart.host import arena, compartment
 
 SIZE = 65536
 CONTENT = b"the host's own " * (SIZE // 15) + b" " * (SIZE % 15)
@@ -313,6 +313,47 @@ def test_values_of_a_stream_never_change_afterwards() -> None:
     for _ in range(3):
         kept = list(sandboxed(blocks, timeout=20)())
         assert [bytes(block) for block in kept] == [bytes([n]) * 200_000 for n in range(8)]
+
+
+def test_a_stream_that_is_ahead_does_not_overwrite_what_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More values than are lent memory at once: the generator waits until one is free, and it is free only when it was read."""
+    lend = compartment.Compartment._lend
+
+    def lends_and_is_slow(self: Any, size: int) -> None:
+        lend(self, size)
+        time.sleep(0.02)
+
+    def blocks() -> Iterator[bytes]:
+        for n in range(10):
+            yield bytes([n]) * 200_000
+
+    monkeypatch.setattr(compartment.Compartment, "_lend", lends_and_is_slow)
+    with sandboxed(blocks, timeout=50)() as stream:
+        for n, block in enumerate(stream):
+            assert block == bytes([n]) * 200_000
+            time.sleep(0.02)  # let it run ahead
+
+
+class Collecting(int):
+    """A size that has the collector run where sizes are compared."""
+
+    def __le__(self, other: int) -> bool:
+        gc.collect()
+        return int(self) <= other
+
+
+def test_memory_that_a_collection_gives_back_while_some_is_taken_stops_nobody() -> None:
+    """A result in a reference cycle dies whenever the collector runs, also in the middle of a loan."""
+    kept: list[Any] = [sandboxed(lambda: memoryview(b"x" * 200_000))()]
+    kept.append(kept)
+    free = sandboxed(lambda: memoryview(b"y" * 200_000))()
+    del kept, free
+
+    thread = threading.Thread(target=arena.lease, args=(Collecting(200_000),), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert bytes(sandboxed(lambda: memoryview(b"z" * 200_000))()) == b"z" * 200_000
 
 
 def test_results_of_several_threads_do_not_mix() -> None:

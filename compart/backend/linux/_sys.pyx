@@ -430,6 +430,92 @@ cdef extern from *:
     {
         return syscall(SYS_seccomp, op, flags, arg);
     }
+
+    /* seccomp(2) SECCOMP_SET_MODE_FILTER, then one byte "L" by the socket `control` with the listener, if the flags asked
+       for one (sendmsg(2), SCM_RIGHTS); the listener is closed here. Without a program only the byte is sent. */
+    static long compart_seccomp_tell(struct sock_filter *program, long count, unsigned flags, int control)
+    {
+        struct sock_fprog filter;
+        union { struct cmsghdr header; char room[CMSG_SPACE(sizeof(int))]; } extra;
+        char said = 'L';
+        struct iovec part;
+        struct msghdr message;
+        struct cmsghdr *at;
+        long listener = 0;
+        int number;
+        filter.len = (unsigned short)count;
+        filter.filter = program;
+        if (count)
+            listener = compart_seccomp(SECCOMP_SET_MODE_FILTER, flags, &filter);
+        if (listener < 0)
+            return -1;
+        number = (int)listener;
+        part.iov_base = &said;
+        part.iov_len = 1;
+        memset(&message, 0, sizeof message);
+        memset(&extra, 0, sizeof extra);
+        message.msg_iov = &part;
+        message.msg_iovlen = 1;
+        if (number) {
+            message.msg_control = &extra;
+            message.msg_controllen = sizeof extra;
+            at = CMSG_FIRSTHDR(&message);
+            at->cmsg_level = SOL_SOCKET;
+            at->cmsg_type = SCM_RIGHTS;
+            at->cmsg_len = CMSG_LEN(sizeof number);
+            memcpy(CMSG_DATA(at), &number, sizeof number);
+        }
+        if (sendmsg(control, &message, 0) != 1)
+            return -1;
+        return number ? close(number) : 0;
+    }
+
+    /* fcntl(2) F_SETSIG: the kernel kills us when the last writer of a pipe is gone. */
+    static long compart_die_with_writer(int pipe)
+    {
+        char byte;
+        if (fcntl(pipe, F_SETOWN, getpid()) == -1 || fcntl(pipe, F_SETSIG, SIGKILL) == -1
+            || fcntl(pipe, F_SETFL, O_NONBLOCK | O_ASYNC) == -1)
+            return -1;
+        if (read(pipe, &byte, 1) == 0)
+            _exit(0);
+        return 0;
+    }
+
+    /* The steps of a script that are more than one system call; script.py gives them their numbers. */
+    static long compart_step(long step, long a, long b, long c, long d)
+    {
+        switch (step) {
+        case -1:
+            compart_default_signals();
+            return 0;
+        case -2:
+            if (getppid() != (int)a)
+                _exit(0);
+            return 0;
+        case -3:
+            return compart_drop_shared();
+        case -4:
+            return compart_limit_memory((unsigned long long)a);
+        case -5:
+            /* glibc looks at the zone file again at each strftime() unless TZ still says what it has loaded; a program
+               without TZ has loaded /etc/localtime (tzset(3)). */
+            clearenv();
+            return setenv("TZ", (const char *)a, 1);
+        case -6:
+            return compart_install_trap();
+        case -7:
+            return compart_seccomp_tell((struct sock_filter *)a, b, (unsigned)c, (int)d);
+        case -8:
+            return compart_die_with_writer((int)a);
+        case -9:
+            compart_few_arenas();
+            return 0;
+        default:
+            errno = ENOSYS;
+            return -1;
+        }
+    }
     #ifndef MADV_DONTFORK
     #define MADV_DONTFORK 10
     #endif
@@ -516,6 +602,7 @@ cdef extern from *:
     int compart_limit_memory(unsigned long long budget)
     int c_socketpair "socketpair"(int domain, int kind, int protocol, int *pair)
     long compart_seccomp(unsigned op, unsigned flags, void *arg)
+    long compart_step(long step, long a, long b, long c, long d)
 
     int AF_UNIX, SOCK_SEQPACKET, SOCK_CLOEXEC
     int SIG_SETMASK
@@ -724,7 +811,7 @@ def run(bytes script, bytes data):
 
     `script` is an array of struct { int64 number, must; int64 args[5] }, of which the arguments flagged in the high half
     of `must` (bit 32 + n) are offsets into `data`. A call that fails ends the list when the low bit of `must` is set.
-    Returns (index, errno) of the call that failed, or None.
+    Negative numbers are steps of ours that are more than one call. Returns (index, errno) of the call that failed, or None.
     """
     cdef const long long *at = <const long long *><const char *>script
     cdef const char *base = data
@@ -732,12 +819,17 @@ def run(bytes script, bytes data):
     cdef Py_ssize_t i
     cdef int k
     cdef long a[5]
+    cdef long result
     for i in range(n):
         for k in range(5):
             a[k] = <long>at[2 + k]
             if (at[1] >> (32 + k)) & 1:
                 a[k] += <long>base
-        if syscall(<long>at[0], a[0], a[1], a[2], a[3], a[4]) == -1 and at[1] & 1:
+        if at[0] < 0:
+            result = compart_step(<long>at[0], a[0], a[1], a[2], a[3])
+        else:
+            result = syscall(<long>at[0], a[0], a[1], a[2], a[3], a[4])
+        if result == -1 and at[1] & 1:
             return i, errno
         at += 7
     return None

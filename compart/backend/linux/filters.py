@@ -42,7 +42,7 @@ CHILD_CLEARTID. musl adds CLONE_DETACHED (0x400000), which the kernel ignores.""
 REFUSED = errno.EPERM
 TRAP_EMPTY_PATH = 1
 
-O_CREAT, O_TMPFILE, RWF_NOAPPEND = 0o100, 0o20000000, 0x20
+O_ACCMODE, O_CREAT, O_TMPFILE, RWF_NOAPPEND = 3, 0o100, 0o20000000, 0x20
 PROT_EXEC = 4
 MAP_ANONYMOUS = 0x20
 MAP_SHARED_BITS = 0x03
@@ -298,16 +298,21 @@ def paths(layout: Layout) -> Iterator[Rule]:
         needed = r.CAP_FUTIMESAT if name in ("utimensat", "futimesat") else r.CAP_LOOKUP
         arguments = {"symlinkat": (1,), "renameat": (0, 2), "renameat2": (0, 2)}.get(name, (0,))
         held = () if unasked else tuple(Descriptor(n, layout.mask(needed)) for n in arguments)
-        yield from either(name, "beneath a directory that it holds", *((*held, *plain) for plain in plain_modes(name)))
+        modes = plain_modes(name, writable)
+        yield from either(name, "beneath a directory that it holds", *((*held, *plain) for plain in modes))
     if unasked:
         for name in READING + (CHANGING if writable else ()):
-            yield from either(name, "bounded by the root directory", *plain_modes(name))
+            yield from either(name, "bounded by the root directory", *plain_modes(name, writable))
 
 
-def plain_modes(name: str) -> tuple[tuple[Condition, ...], ...]:
-    """What keeps a compartment from making set-user-ID files: they would be the host's user's."""
+def plain_modes(name: str, writable: bool) -> tuple[tuple[Condition, ...], ...]:
+    """What a read-only mount does not stop, and what keeps a compartment from making set-user-ID files: they would be the
+    host's user's."""
     if name in ("open", "openat"):
         flags = 2 if name == "openat" else 1
+        if not writable:
+            # A named pipe can be opened for writing on a read-only mount.
+            return ((Masked(flags, O_ACCMODE | O_CREAT | O_TMPFILE, 0),),)
         return (Masked(flags, O_CREAT | O_TMPFILE, 0),), (Masked(flags + 1, 0o7000, 0),)
     position = {"creat": 1, "mkdir": 1, "mkdirat": 2}.get(name)
     return ((),) if position is None else ((Masked(position, 0o7000, 0),),)

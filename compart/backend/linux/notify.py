@@ -133,15 +133,18 @@ class Supervisor:
         # faulthandler writes a stack in many small pieces and without the GIL: of two threads at once none could be read.
         # The kernel blocks the signal while its handler runs, so a thread that neither awaits nor blocks it is done. Asked
         # twice, for between taking a signal and blocking it the kernel shows neither for a moment.
-        busy = self.asked not in (0, thread) and any(self._awaits_stack(self.asked) for _ in range(2))
-        return not busy and not self._awaits_stack(thread)
+        if self.asked in (0, thread):
+            # It may block the signal for a while, as subprocess does around vfork(2): its stack comes right after.
+            return not self._has_signal(thread, b"SigPnd:")
+        return not any(self._has_signal(self.asked, b"SigPnd:", b"SigBlk:") for _ in range(2))
 
-    def _awaits_stack(self, thread: int) -> bool:
+    def _has_signal(self, thread: int, *sets: bytes) -> bool:
+        """Whether STACK_SIGNAL is in one of a thread's sets of signals (proc_pid_status(5))."""
         status = b""
         with contextlib.suppress(OSError), open(f"/proc/{self.pid}/task/{thread}/status", "rb") as file:
             status = file.read()
-        sets = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith((b"SigPnd:", b"SigBlk:"))]
-        return any(numbers >> (STACK_SIGNAL - 1) & 1 for numbers in sets)
+        found = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(sets)]
+        return any(numbers >> (STACK_SIGNAL - 1) & 1 for numbers in found)
 
     def _ask_stack(self, thread: int) -> None:
         with contextlib.suppress(OSError):
@@ -157,7 +160,9 @@ class Supervisor:
         if call == "clone":
             return self._may_make_thread(args)
         if self.paths and call in BOUNDED_BY_ROOT:
-            return plain_mode(call, args) and self._is_granted(call, thread, args)
+            return plain_mode(call, args, any(mode != "r" for _, mode in self.paths)) and self._is_granted(
+                call, thread, args
+            )
         return False
 
     def _is_self(self, call: str, target: int) -> bool:
@@ -298,10 +303,10 @@ def _working_directory() -> str:
         return ""
 
 
-def plain_mode(call: str, args: tuple[int, ...]) -> bool:
+def plain_mode(call: str, args: tuple[int, ...], writable: bool) -> bool:
     """Whether a call that may make a file asks for no set-user-ID bits; the table's conditions, on registers."""
 
     def holds(condition: Masked) -> bool:
         return args[condition.arg] & condition.mask == condition.value
 
-    return any(all(holds(c) for c in every if isinstance(c, Masked)) for every in filters.plain_modes(call))
+    return any(all(holds(c) for c in every if isinstance(c, Masked)) for every in filters.plain_modes(call, writable))

@@ -13,6 +13,19 @@ from compart.backend.linux import syscalls
 
 CALL = struct.Struct("=7q")
 
+STEPS = {
+    "default_signals": -1,
+    "exit_unless_child_of": -2,
+    "drop_shared_mappings": -3,
+    "limit_memory": -4,
+    "clear_environ": -5,
+    "install_trap": -6,
+    "seccomp_tell": -7,
+    "die_with_writer": -8,
+    "few_arenas": -9,
+}
+"""Steps that are more than one system call, as `_sys.run` numbers them."""
+
 
 @dataclass(slots=True)
 class Script:
@@ -25,7 +38,7 @@ class Script:
 
     def add(self, wall: str, name: str, *args: int | bytes, must: bool = True) -> None:
         """Append one call. With `must` its failure ends the script and is a failure of `wall`."""
-        number = syscalls.number(self.arch, name)
+        number = STEPS.get(name) or syscalls.number(self.arch, name)
         if number is None:
             raise ValueError(f"this architecture has no call {name}")
         flags = int(must)
@@ -43,3 +56,7 @@ class Script:
     def pack(self) -> tuple[bytes, bytes]:
         """What `_sys.run` takes."""
         return bytes(self.packed), bytes(self.data)
+
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Each call's wall and name."""
+        return tuple((wall, name) for wall, name, _ in self.calls)

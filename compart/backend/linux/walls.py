@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import math
 import os
 import platform
 import resource
 import stat
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
-from compart import _fast
 from compart.backend import Channel, Enforcement, Wall
 from compart.backend.linux import _sys, filters, landlock, mounts, notify, syscalls
 from compart.backend.linux.filters import (
@@ -56,6 +56,10 @@ RESOLVE = 0x08 | 0x02  # RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS (openat2(2))
 ARCHES = {"x86_64": syscalls.AUDIT_ARCH_X86_64, "aarch64": syscalls.AUDIT_ARCH_AARCH64}
 
 
+environ: Any = os.environ
+environb: Any = os.environb
+
+
 class WallError(Exception):
     """In the child: a wall could not be put up."""
 
@@ -66,11 +70,12 @@ class WallError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A script as the child carries it out, and each call's wall and name, should it fail."""
+    """Scripts as the child carries them out, the last wall apart, and each call's wall and name, should it fail."""
 
-    calls: bytes
-    data: bytes
-    names: tuple[tuple[str, str], ...]
+    first: tuple[bytes, bytes]
+    first_names: tuple[tuple[str, str], ...]
+    last: tuple[bytes, bytes]
+    last_names: tuple[tuple[str, str], ...]
 
 
 @dataclass(slots=True)
@@ -101,13 +106,20 @@ class Plan:
 
         A plan may serve several threads at once, so nothing of one call is kept in it but the last script and its key.
         """
-        key = (channel, tuple(self.moves), self.cwd, self.null, [resource.getrlimit(which) for which in LIMITED])
+        key = (
+            channel,
+            tuple(self.moves),
+            self.cwd,
+            self.null,
+            _zone(),
+            [resource.getrlimit(which) for which in LIMITED],
+        )
         kept = self.written
         # The same numbers come again in most calls, and so does the script.
         if kept is not None and kept[0] == key:
             return kept[1]
-        script = write_script(self, channel)
-        made = Written(*script.pack(), tuple((wall, name) for wall, name, _ in script.calls))
+        first, last = write_script(self, channel), write_last(self)
+        made = Written(first.pack(), first.names(), last.pack(), last.names())
         self.written = (key, made)
         return made
 
@@ -230,51 +242,50 @@ class Linux:
 
     # ---- child -------------------------------------------------------------------------------------------------------
 
-    def enter(self, plan: Plan, channel: Channel, script: Written, prepare: Callable[[list[int]], None]) -> None:
+    def enter(self, plan: Plan, script: Written, prepare: Callable[[], None]) -> None:
         """Put up every wall of the plan. There is no way back."""
-        wall = "start"
-        try:
-            _sys.default_signals()
-            _die_with_host(plan, channel)
-            wall = "shared_memory"
-            _sys.drop_shared_mappings()
-            wall = "rlimits"
-            if plan.policy.memory_bytes is not None:
-                _sys.few_arenas()
-                _sys.limit_memory(plan.policy.memory_bytes)
-            wall = "script"
-            failed = _sys.run(script.calls, script.data)
-            if failed is not None:
-                index, number = failed
-                wall, name = script.names[index]
-                raise OSError(number, f"{name}: {os.strerror(number)}")
-            _replace_environment(plan.policy)
-            wall = "prepare"
-            # The host may have enabled it for itself, and its handlers were just taken away.
-            faulthandler.disable()
-            faulthandler.enable(file=2, all_threads=True)
-            if plan.layout.listener:
-                faulthandler.unregister(notify.STACK_SIGNAL)
-                faulthandler.register(notify.STACK_SIGNAL, file=TRACE, all_threads=False, chain=False)
-            prepare(plan.numbers)
-            wall = "seccomp"
-            _sys.install_trap()
-            listener = _sys.seccomp(plan.program, plan.flags) if plan.program else 0
-            # Told even without a listener: from now on nothing that it says of its walls is believed.
-            _fast.send_fds(CONTROL, b"L", [listener] if listener else [])
-            if listener:
-                os.close(listener)
-        except BaseException as error:
-            reason = f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else repr(error)
-            raise WallError(wall, reason) from error
+        # Few lines, few names: each Python object that is touched for the first time after a fork costs a page fault.
+        failed = _sys.run(*script.first)
+        if failed is not None:
+            raise _failure(script.first_names, failed)
+        # The objects stay, as modules hold them.
+        environ._data = environb._data = {}
+        if plan.policy.env:
+            environ.update(plan.policy.env)
+        # The host may have enabled it for itself, and its handlers were just taken away.
+        faulthandler.disable()
+        faulthandler.enable(2, True)
+        if plan.layout.listener:
+            faulthandler.unregister(notify.STACK_SIGNAL)
+            faulthandler.register(notify.STACK_SIGNAL, TRACE, False)
+        prepare()
+        failed = _sys.run(*script.last)
+        if failed is not None:
+            raise _failure(script.last_names, failed)
+
+
+def _failure(names: tuple[tuple[str, str], ...], failed: tuple[int, int]) -> WallError:
+    index, number = failed
+    wall, name = names[index]
+    return WallError(wall, f"{name}: {os.strerror(number)} (errno {number})")
 
 
 # ---- the script of a compartment: everything that can be decided before the fork -----------------------------------------
 
 
 def write_script(plan: Plan, channel: Channel) -> Script:
-    """The child's system calls from the namespaces to the capabilities. Runs in the host; pure but for its limits."""
+    """The child's steps up to the last wall. Runs in the host; pure but for its limits."""
     script = Script(plan.arch)
+    script.add("no_new_privs", "default_signals")
+    if channel.lifeline >= 0:
+        script.add("no_new_privs", "die_with_writer", channel.lifeline)
+    else:
+        script.add("no_new_privs", "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    script.add("no_new_privs", "exit_unless_child_of", plan.host)
+    script.add("shared_memory", "drop_shared_mappings")
+    if plan.policy.memory_bytes is not None:
+        script.add("rlimits", "few_arenas")
+        script.add("rlimits", "limit_memory", plan.policy.memory_bytes)
     for kind, descriptor in plan.joins:
         script.add("namespaces", "setns", descriptor, kind)
     # Names that are relative outside mean the same inside when the working directory was granted; else the root.
@@ -291,6 +302,29 @@ def write_script(plan: Plan, channel: Channel) -> Script:
     script.add("capabilities", "capset", struct.pack("=II", LINUX_CAPABILITY_VERSION_3, 0), bytes(24))
     # The host reads the arguments of refused calls.
     script.add("capabilities", "prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+    script.add("no_new_privs", "clear_environ", _zone().encode() + b"\0")
+    return script
+
+
+def _zone() -> str:
+    """What the C library of this process has loaded as its time zone, brought up to date with TZ first."""
+    global _loaded_zone
+    wanted = os.environ.get("TZ", "/etc/localtime")
+    if wanted != _loaded_zone:
+        time.tzset()
+        _loaded_zone = wanted
+    return wanted if "\0" not in wanted else "/etc/localtime"
+
+
+_loaded_zone = ""
+
+
+def write_last(plan: Plan) -> Script:
+    """The child's last steps, after which only what the filter allows is possible."""
+    script = Script(plan.arch)
+    script.add("seccomp", "install_trap")
+    # Told even without a listener: from now on nothing that it says of its walls is believed.
+    script.add("seccomp", "seccomp_tell", plan.program, len(plan.program) // 8, plan.flags, CONTROL)
     return script
 
 
@@ -510,6 +544,13 @@ _rulesets: dict[tuple[object, ...], int] = {}
 def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Handed]) -> tuple[int, list[int]]:
     """A Landlock ruleset for these grants, or -1 where there is no Landlock; and what is owned by this call alone."""
     if not landlock.abi():
+        modes = {grant.mode for grant in by_name} | {item.mode for item in directories}
+        if len(modes) > 1 and "landlock" not in policy.waive:
+            raise UnsupportedError(
+                "landlock",
+                "paths granted for reading beside others for writing need it, as a read-only mount does not stop named pipes",
+                "grant all of them 'r', or waive landlock",
+            )
         if any(grant.mode == "w" for grant in by_name) and "landlock" not in policy.waive:
             raise UnsupportedError(
                 "landlock", "a file granted by name for writing alone needs Landlock", "grant 'rw', or waive landlock"
@@ -553,29 +594,3 @@ def _limits_text(policy: Policy) -> str:
     memory = "unlimited" if policy.memory_bytes is None else f"{policy.memory_bytes / 2**20:.0f} MiB above the start"
     cpu = "unlimited" if policy.cpu is None else f"{policy.cpu} s"
     return f"memory {memory}, CPU {cpu}, {policy.open_files} descriptors, no core, no locked memory"
-
-
-# ---- in the child ------------------------------------------------------------------------------------------------------
-
-
-def _die_with_host(plan: Plan, channel: Channel) -> None:
-    if channel.lifeline >= 0:
-        # The kernel signals us when the last writer is gone, and that is the host alone (fcntl(2), F_SETSIG).
-        fcntl.fcntl(channel.lifeline, F_SETOWN, os.getpid())
-        fcntl.fcntl(channel.lifeline, F_SETSIG, SIGKILL)
-        fcntl.fcntl(channel.lifeline, F_SETFL, os.O_NONBLOCK | O_ASYNC)
-        with contextlib.suppress(BlockingIOError):
-            if os.read(channel.lifeline, 1) == b"":
-                os._exit(0)
-    else:
-        _sys.prctl(PR_SET_PDEATHSIG, SIGKILL)
-    if os.getppid() != plan.host:
-        os._exit(0)
-
-
-def _replace_environment(policy: Policy) -> None:
-    # os.environ itself stays, as modules hold it; the C library's copy goes at once, not name by name.
-    os.environ._data = {}  # type: ignore[attr-defined]
-    _sys.clear_environ()
-    for name, value in policy.env.items():
-        os.environ[name] = value
