@@ -106,6 +106,8 @@ class Compartment:
         self.owner = os.getpid()
         self.result_open = True
         self.walls_stand = False
+        self.theirs: list[int] = []
+        self.forked: list[tuple[int, int]] = []
         self.pidfd = self.result = self.control = self.trace = self.listener = -1
         self.lifeline = -1
         self.poll = select.poll()
@@ -123,7 +125,7 @@ class Compartment:
     # ---- birth ----------------------------------------------------------------------------------------------------------
 
     def _start(self, handed: list[Handed], stream: bool) -> None:
-        theirs: list[int] = []
+        theirs = self.theirs
         try:
             self.result, result_w = _pipe(theirs, reader_ours=True)
             self.trace, trace_w = _pipe(theirs, reader_ours=True)
@@ -148,12 +150,15 @@ class Compartment:
                 self._watch(descriptor)
             self.pid, self.pidfd = self._fork(job)
         finally:
-            for descriptor in theirs:
-                os.close(descriptor)
+            self._close_theirs()
         self._watch(self.pidfd)
 
+    def _close_theirs(self) -> None:
+        while self.theirs:
+            os.close(self.theirs.pop())
+
     def _fork(self, job: Job) -> tuple[int, int]:
-        pid, pidfd = _sys.fork(probe_heap=threading.active_count() > 1)
+        pid, pidfd = _sys.fork(threading.active_count() > 1, self.forked)
         if pid == 0:
             worker.main(self.backend, job)
         return pid, pidfd
@@ -405,6 +410,10 @@ class Compartment:
             return
         self.closed = True
         _live.discard(self)
+        self._close_theirs()
+        if self.forked:
+            # An interrupt may have come before the constructor could keep these.
+            self.pid, self.pidfd = self.forked[0]
         if self.pidfd >= 0 and not self.finished and self.owner == os.getpid():
             with contextlib.suppress(ProtocolError):
                 self.kill()

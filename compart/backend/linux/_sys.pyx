@@ -659,12 +659,13 @@ cdef inline long checked(long result) except -1:
 # ---- processes ----------------------------------------------------------------------------------------------
 
 
-def fork(bint probe_heap=False):
+def fork(bint probe_heap=False, list into=None):
     """fork(2), as clone(2) with CLONE_PIDFD and no exit signal.
 
     Returns (pid, pidfd) in the parent and (0, -1) in the child, where every signal is still blocked. The
     child sends no SIGCHLD and is found by no wait that lacks __WALL. `probe_heap` makes a child that was
-    forked beside other threads without libc's help prove that malloc is usable.
+    forked beside other threads without libc's help prove that malloc is usable. `into` gets the pair as well, before any
+    signal handler of the host can run.
     """
     cdef sigset_t before
     cdef long pid
@@ -683,6 +684,9 @@ def fork(bint probe_heap=False):
         PyOS_AfterFork_Child()
         return 0, -1
     forker = 0
+    if pid > 0 and into is not None:
+        # Kept where the caller finds it even if an interrupt is what this call returns with.
+        into.append((pid, pidfd))
     PyOS_AfterFork_Parent()
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     if pid == -1:
