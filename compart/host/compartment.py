@@ -533,7 +533,7 @@ class Compartment:
             error.add_note(self._limit_text("threads", str(self.policy.threads)))
         elif self.policy.memory_bytes is not None and (
             (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-            or (isinstance(error, RuntimeError) and "start new thread" in str(error))
+            or (isinstance(error, RuntimeError) and "start new thread" in said.text)
         ):
             error.add_note(self._limit_text("memory", f"{self.policy.memory_bytes / 2**20:.0f} MiB above its start"))
         return error

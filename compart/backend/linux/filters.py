@@ -60,6 +60,11 @@ PR_ALLOWED = (
     0x53564D41,  # PR_SET_VMA: malloc names its mappings
 )
 
+SOL_SOCKET = 1
+PLAIN_SOCKET_OPTIONS = (2, 3, 4, 6, 7, 8, 9, 10, 13, 18, 19, 20, 21, 29, 30, 38, 39)
+"""REUSEADDR TYPE ERROR BROADCAST SNDBUF RCVBUF KEEPALIVE OOBINLINE LINGER RCVLOWAT SNDLOWAT RCVTIMEO SNDTIMEO TIMESTAMP
+ACCEPTCONN PROTOCOL DOMAIN (socket(7))"""
+
 READING_AT = ("openat", "newfstatat", "faccessat", "faccessat2", "readlinkat")
 CHANGING_AT = ("mkdirat", "unlinkat", "renameat", "renameat2", "symlinkat", "utimensat", "futimesat")
 READING = ("open", "stat", "lstat", "access", "readlink", "chdir")
@@ -113,6 +118,7 @@ def rules(layout: Layout) -> Iterator[Rule]:
     yield from own_objects()
     yield from descriptors(layout)
     yield from sockets(layout)
+    yield from socket_questions(layout)
     if layout.by_name or layout.beneath:
         yield from paths(layout)
 
@@ -270,17 +276,27 @@ def sockets(layout: Layout) -> Iterator[Rule]:
         ("shutdown", r.CAP_SHUTDOWN),
         ("getsockname", r.CAP_GETSOCKNAME),
         ("getpeername", r.CAP_GETPEERNAME),
-        ("getsockopt", r.CAP_GETSOCKOPT),
         ("setsockopt", r.CAP_SETSOCKOPT),
         ("accept", r.CAP_ACCEPT),
         ("accept4", r.CAP_ACCEPT),
         ("listen", r.CAP_LISTEN),
     ):
         # The compartment's own sockets are pairs, which need only the questions.
-        own = name in ("shutdown", "getsockname", "getpeername", "getsockopt")
+        own = name in ("shutdown", "getsockname", "getpeername")
         mask = layout.mask(needed)
         if own or mask:
             yield Rule(name, when=((Descriptor(0, mask),),), because=f"CAP_{name.upper()}")
+
+
+def socket_questions(layout: Layout) -> Iterator[Rule]:
+    """getsockopt(2): SO_PEERCRED, SO_PEERPIDFD and their like would name or hand over other processes."""
+    held = Descriptor(0, layout.mask(r.CAP_GETSOCKOPT))
+    yield from either(
+        "getsockopt",
+        "CAP_GETSOCKOPT, but not who is at the other end",
+        (held, Equals(1, SOL_SOCKET), OneOf(2, PLAIN_SOCKET_OPTIONS)),
+        (held, OneOf(1, (0, 6, 17, 41))),  # IP, TCP, UDP, IPv6
+    )
 
 
 def paths(layout: Layout) -> Iterator[Rule]:

@@ -280,6 +280,8 @@ def _place_of(grant: Grant, grants: Sequence[Grant]) -> str:
             if (inner + "/").startswith(os.path.realpath(outer.path) + "/"):
                 within = os.path.relpath(inner, os.path.realpath(outer.path))
                 return os.path.normpath(os.path.join(outer.path, within, os.path.basename(grant.path)))
+            # A link leads out of the outer grant: what it leads to stands where it really is.
+            return os.path.join(inner, os.path.basename(grant.path))
     return grant.path
 
 
