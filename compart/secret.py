@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from compart import _fast
@@ -70,7 +72,9 @@ class Secret:
     def __reduce__(self) -> Any:
         raise TypeError("a Secret cannot be pickled")
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if finalizing():
+            return
         if getattr(self, "_pages", None) is not None:
             self.close()
 

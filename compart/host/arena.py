@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import threading
+from collections.abc import Callable
 
 from compart import _fast
 from compart.backend.linux import _sys
@@ -71,7 +73,9 @@ class Lease(_sys.View):
         assert self._piece is not None
         return self._piece.size
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if finalizing():
+            return
         piece, self._piece = self._piece, None
         if piece is not None and self._pid == os.getpid():
             _give_back(piece)

@@ -425,7 +425,6 @@ class Compartment:
         self.descriptors = []
         for item in self.handed:
             item.close()
-        self.plan.close()
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import select
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
@@ -389,7 +390,9 @@ class Stream(Iterator[Any]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if finalizing():
+            return
         if getattr(self, "_compartment", None) is not None:
             self.close()
 

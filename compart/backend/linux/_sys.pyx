@@ -672,10 +672,13 @@ def fork(bint probe_heap=False, list into=None):
     cdef int failed, pidfd
     global forker
     compart_block_signals(&before)
-    forker = PyThread_get_thread_ident()
     PyOS_BeforeFork()
+    # From here to the fork this thread keeps the GIL; before, another one may have forked.
+    forker = PyThread_get_thread_ident()
     pid = compart_clone()
     failed = errno
+    if pid != 0:
+        forker = 0
     # Taken now: the handlers after the fork are Python, and another thread may fork while they run.
     pidfd = compart_pidfd
     if pid == 0:
@@ -683,7 +686,6 @@ def fork(bint probe_heap=False, list into=None):
             compart_heap_lives()
         PyOS_AfterFork_Child()
         return 0, -1
-    forker = 0
     if pid > 0 and into is not None:
         # Kept where the caller finds it even if an interrupt is what this call returns with.
         into.append((pid, pidfd))

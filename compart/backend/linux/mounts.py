@@ -14,9 +14,9 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from compart import _fast
@@ -49,18 +49,31 @@ KINDS = (
 )
 
 
-@dataclass(slots=True)
 class Namespaces:
-    """Namespaces made once: (kind flag, descriptor) in the order to join them. `owned` are closed with this object."""
+    """Namespaces made once: (kind flag, descriptor) in the order to join them.
 
-    joins: tuple[tuple[int, int], ...]
-    owned: tuple[int, ...]
+    The descriptors in `owned` are closed when nobody holds this object any more: a number must not come to mean other
+    namespaces while a plan still names it. `base` is what the other ones belong to.
+    """
 
-    def close(self) -> None:
-        for descriptor in self.owned:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self.joins = self.owned = ()
+    __slots__ = ("_owned", "_pid", "base", "joins")
+
+    def __init__(
+        self, joins: tuple[tuple[int, int], ...], owned: tuple[int, ...], base: Namespaces | None = None
+    ) -> None:
+        self.joins = joins
+        self.base = base
+        self._owned = owned
+        self._pid = os.getpid()
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if finalizing():
+            return
+        # In a compartment the numbers are other things by now.
+        if self._pid == os.getpid() and not _sys.in_own_fork():
+            for descriptor in self._owned:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
 
 
 _lock = threading.Lock()
@@ -102,8 +115,8 @@ def namespaces(grants: tuple[Grant, ...] = ()) -> Namespaces:
             raise _unsupported(error.text) from None
         joins = tuple((kind, world if kind == CLONE_NEWNS else descriptor) for kind, descriptor in base.joins)
         while len(_made) > MOST_KEPT:
-            _made.pop(next(key for key in _made if key[0])).close()
-        _made[key] = Namespaces(joins, owned=(world,))
+            del _made[next(key for key in _made if key[0])]
+        _made[key] = Namespaces(joins, (world,), base)
         return _made[key]
 
 
@@ -125,7 +138,7 @@ def _kinds() -> list[str]:
 
 def _keep(key: Key, descriptors: list[int]) -> Namespaces:
     flags = [dict(KINDS)[name] for name in _kinds()]
-    _made[key] = Namespaces(tuple(zip(flags, descriptors, strict=True)), owned=tuple(descriptors))
+    _made[key] = Namespaces(tuple(zip(flags, descriptors, strict=True)), tuple(descriptors))
     return _made[key]
 
 
@@ -151,10 +164,8 @@ def detached(descriptor: int, writable: bool) -> int:
 
 
 def close_all() -> None:
-    """Close every namespace that is kept. For tests, and before a process that forked starts afresh."""
+    """Forget every namespace that is kept; each is closed when no plan names it any more."""
     with _lock:
-        for made in _made.values():
-            made.close()
         _made.clear()
         _refused.clear()
         _privileged_as.cache_clear()

@@ -15,9 +15,10 @@ import platform
 import resource
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -78,6 +79,23 @@ class Written:
     last_names: tuple[tuple[str, str], ...]
 
 
+class Ruleset:
+    """A Landlock ruleset, closed when nobody holds this object any more; number -1 where there is no Landlock."""
+
+    __slots__ = ("_pid", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._pid = os.getpid()
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if finalizing():
+            return
+        if self.number >= 0 and self._pid == os.getpid() and not _sys.in_own_fork():
+            with contextlib.suppress(OSError):
+                os.close(self.number)
+
+
 @dataclass(slots=True)
 class Plan:
     """What the child does, and what the host needs to supervise it. Made for one compartment."""
@@ -87,15 +105,18 @@ class Plan:
     arch: int
     program: bytes
     flags: int
-    joins: tuple[tuple[int, int], ...]
-    ruleset: int
+    spaces: mounts.Namespaces
+    landlocked: Ruleset
     moves: list[tuple[int, int]]
     numbers: list[int]
     cwd: str
     host: int
     null: int
     written: tuple[object, Written] | None = None
-    owned: list[int] = field(default_factory=list)
+
+    @property
+    def joins(self) -> tuple[tuple[int, int], ...]:
+        return self.spaces.joins
 
     @property
     def paths(self) -> tuple[tuple[str, str], ...]:
@@ -123,12 +144,6 @@ class Plan:
         self.written = (key, made)
         return made
 
-    def close(self) -> None:
-        """Close what was made for this compartment alone."""
-        for descriptor in self.owned:
-            os.close(descriptor)
-        self.owned = []
-
 
 class Linux:
     """The backend for Linux: seccomp, Landlock, namespaces, rlimits."""
@@ -148,9 +163,7 @@ class Linux:
         """Drop what is kept between calls: plans, namespaces, rulesets."""
         self._plans.clear()
         mounts.close_all()
-        while _rulesets:
-            with contextlib.suppress(OSError):
-                os.close(_rulesets.popitem()[1])
+        _rulesets.clear()
 
     def plan(self, policy: Policy, handed: Sequence[Handed]) -> Plan:
         """Decide everything before the fork. UnsupportedError for a wall that cannot be put up."""
@@ -193,27 +206,20 @@ class Linux:
             listener=listener,
             count_threads=listener,
         )
-        ruleset, owned = _ruleset(policy, by_name, directories)
-        try:
-            return Plan(
-                policy=policy,
-                layout=layout,
-                arch=arch,
-                program=filters.program(layout, arch) if _has_seccomp() else b"",
-                flags=_flags() if listener else 0,
-                joins=_joins(policy, by_name),
-                ruleset=ruleset,
-                moves=[(item.descriptor, number) for item, number in zip(handed, numbers, strict=True)],
-                numbers=numbers,
-                cwd=_working_directory() if by_name else "/",
-                host=os.getpid(),
-                null=_null(),
-                owned=owned,
-            )
-        except BaseException:
-            for descriptor in owned:
-                os.close(descriptor)
-            raise
+        return Plan(
+            policy=policy,
+            layout=layout,
+            arch=arch,
+            program=filters.program(layout, arch) if _has_seccomp() else b"",
+            flags=_flags() if listener else 0,
+            spaces=_spaces(by_name),
+            landlocked=_ruleset(policy, by_name, directories),
+            moves=[(item.descriptor, number) for item, number in zip(handed, numbers, strict=True)],
+            numbers=numbers,
+            cwd=_working_directory() if by_name else "/",
+            host=os.getpid(),
+            null=_null(),
+        )
 
     def enforcement(self, policy: Policy) -> Enforcement:
         """Which walls a compartment of this policy gets here, and why the others are missing."""
@@ -222,7 +228,7 @@ class Linux:
         abi = landlock.abi()
         listener = _has_listener()
         try:
-            names = [name for name, kind in mounts.KINDS if kind in dict(_joins(policy, by_name))]
+            names = [name for name, kind in mounts.KINDS if kind in dict(_spaces(by_name).joins)]
             spaces = Wall("namespaces", bool(names), "empty root; joined: " + ", ".join(names))
             if not names:
                 spaces = Wall("namespaces", False, _namespaces_reason())
@@ -293,9 +299,9 @@ def write_script(plan: Plan, channel: Channel) -> Script:
     if plan.cwd != "/" and plan.joins:
         script.add("namespaces", "chdir", os.fsencode(plan.cwd) + b"\0", must=False)
     script.add("no_new_privs", "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if plan.ruleset >= 0:
+    if plan.landlocked.number >= 0:
         # Landlock before seccomp: the filter refuses landlock_restrict_self.
-        script.add("landlock", "landlock_restrict_self", plan.ruleset, 0)
+        script.add("landlock", "landlock_restrict_self", plan.landlocked.number, 0)
     _keep_only(script, plan, channel)
     _limit(script, plan.policy)
     script.add("capabilities", "prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, must=False)
@@ -496,15 +502,15 @@ def _has_listener() -> bool:
 _no_namespaces: list[str] = []
 
 
-def _joins(policy: Policy, by_name: tuple[Grant, ...]) -> tuple[tuple[int, int], ...]:
+def _spaces(by_name: tuple[Grant, ...]) -> mounts.Namespaces:
     try:
-        return mounts.namespaces(by_name).joins
+        return mounts.namespaces(by_name)
     except UnsupportedError as error:
         # Nothing granted by name: the other walls hold the same promises alone.
         if by_name:
             raise
         _no_namespaces[:] = [error.reason]
-        return ()
+        return mounts.Namespaces((), ())
 
 
 def _namespaces_reason() -> str:
@@ -538,11 +544,12 @@ def _widest(modes: object) -> str:
     return "" if not found else "r" if found == {"r"} else "rw"
 
 
-_rulesets: dict[tuple[object, ...], int] = {}
+_rulesets: dict[tuple[object, ...], Ruleset] = {}
+MOST_RULESETS = 64
 
 
-def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Handed]) -> tuple[int, list[int]]:
-    """A Landlock ruleset for these grants, or -1 where there is no Landlock; and what is owned by this call alone."""
+def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Handed]) -> Ruleset:
+    """A Landlock ruleset for these grants. UnsupportedError for one that cannot be bounded without Landlock."""
     if not landlock.abi():
         modes = {grant.mode for grant in by_name} | {item.mode for item in directories}
         if len(modes) > 1 and "landlock" not in policy.waive:
@@ -555,26 +562,23 @@ def _ruleset(policy: Policy, by_name: tuple[Grant, ...], directories: list[Hande
             raise UnsupportedError(
                 "landlock", "a file granted by name for writing alone needs Landlock", "grant 'rw', or waive landlock"
             )
-        return -1, []
-    if directories:
-        rules = _named(by_name)
-        try:
-            made = landlock.ruleset(rules + [(d.descriptor, landlock.ACCESS["directory", d.mode]) for d in directories])
-        finally:
-            for descriptor, _ in rules:
-                os.close(descriptor)
-        return made, [made]
+        return Ruleset(-1)
     key = by_name, mounts.identities(by_name)
-    if key not in _rulesets:
-        if len(_rulesets) > 64:
-            os.close(_rulesets.pop(next(iter(_rulesets))))
-        rules = _named(by_name)
-        try:
-            _rulesets[key] = landlock.ruleset(rules)
-        finally:
-            for descriptor, _ in rules:
-                os.close(descriptor)
-    return _rulesets[key], []
+    if not directories and (kept := _rulesets.get(key)) is not None:
+        return kept
+    rules = _named(by_name)
+    try:
+        made = Ruleset(
+            landlock.ruleset(rules + [(d.descriptor, landlock.ACCESS["directory", d.mode]) for d in directories])
+        )
+    finally:
+        for descriptor, _ in rules:
+            os.close(descriptor)
+    if not directories:
+        if len(_rulesets) >= MOST_RULESETS:
+            _rulesets.clear()
+        _rulesets[key] = made
+    return made
 
 
 def _named(by_name: tuple[Grant, ...]) -> list[tuple[int, int]]:
