@@ -50,7 +50,7 @@ def descriptor(obj: object, rights: Rights) -> Grant:
     if not isinstance(rights, Rights):
         raise PolicyError(f"grant.descriptor needs rights such as CAP_READ | CAP_SEEK, not {rights!r}")
     fileno = obj if isinstance(obj, int) else getattr(obj, "fileno", None)
-    if fileno is None or isinstance(obj, bool):
+    if fileno is None or isinstance(obj, bool) or (isinstance(obj, int) and obj < 0):
         raise PolicyError(f"grant.descriptor: {obj!r} is no descriptor and has no fileno()")
     return Grant(kind="descriptor", rights=rights, object=obj)
 

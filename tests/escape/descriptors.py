@@ -414,6 +414,157 @@ def writes_through_a_ring(outside: World, file: Any) -> None:
     native.call("pwrite64", file.fileno(), b"changed", 7, 0)
 
 
+# -- one right at a time --------------------------------------------------------------------------------------------------
+# The description can do all of it, so that compart's table of rights alone refuses what was not granted.
+
+
+def _without_a_right(
+    name: str, call: str, arguments: Callable[[Any, Any], tuple[Any, ...]], held: str, **options: Any
+) -> None:
+    """One call on a file that is open for everything, granted with these rights (names, separated by spaces)."""
+
+    def policy(world: World) -> dict[str, Any]:
+        from compart import grant, rights
+
+        wanted = rights.NONE
+        for right in held.split():
+            wanted |= getattr(rights, right)
+        return {"grants": [grant.descriptor(world.granted, wanted)]}
+
+    def gives(world: World) -> tuple[Any, ...]:
+        world.granted = open(world.secret, "r+b", buffering=0)  # noqa: SIM115
+        return (world.granted,)
+
+    options.setdefault("gives", gives)
+    raw(call, lambda w, file: arguments(w, file.fileno()), surface="descriptors", name=name, policy=policy, **options)
+
+
+_OUT = ctypes.create_string_buffer(256)
+_WRITING = "CAP_WRITE CAP_SEEK"
+_without_a_right(
+    "truncates_without_the_right",
+    "ftruncate",
+    lambda w, fd: (fd, 0),
+    _WRITING,
+    effect=lambda w: w.secret.read_bytes() == b"",
+)
+_without_a_right("punches_without_the_right", "fallocate", lambda w, fd: (fd, 3, 0, 8), _WRITING, effect=_changed)
+_without_a_right("synchronises_without_the_right", "fsync", lambda w, fd: (fd,), _WRITING)
+_without_a_right("synchronises_the_data_without_the_right", "fdatasync", lambda w, fd: (fd,), _WRITING)
+_without_a_right("asks_for_the_status_without_the_right", "fstat", lambda w, fd: (fd, _OUT), "CAP_READ CAP_SEEK")
+_without_a_right("asks_for_the_file_system_without_the_right", "fstatfs", lambda w, fd: (fd, _OUT), "CAP_READ CAP_SEEK")
+_without_a_right("moves_without_the_right", "lseek", lambda w, fd: (fd, 3, os.SEEK_SET), "CAP_READ")
+_without_a_right(
+    "asks_for_the_end_without_the_right", "lseek", lambda w, fd: (fd, 0, os.SEEK_END), "CAP_READ CAP_SEEK_TELL"
+)
+_without_a_right("reads_at_a_place_without_the_right", "pread64", lambda w, fd: (fd, _OUT, 8, 0), "CAP_READ")
+_without_a_right("reads_a_vector_at_a_place_without_the_right", "preadv", lambda w, fd: (fd, None, 0, 0, 0), "CAP_READ")
+_without_a_right(
+    "reads_a_vector_with_flags_without_the_right", "preadv2", lambda w, fd: (fd, None, 0, 0, 0, 0), "CAP_READ"
+)
+_without_a_right(
+    "writes_at_a_place_without_the_right",
+    "pwrite64",
+    lambda w, fd: (fd, b"changed", 7, 0),
+    "CAP_READ CAP_WRITE",
+    effect=_changed,
+)
+_without_a_right("maps_without_the_right", "mmap", lambda w, fd: (0, 4096, 1, 2, fd, 0), "CAP_READ CAP_SEEK")
+_without_a_right(
+    "maps_for_writing_with_the_right_to_read",
+    "mmap",
+    lambda w, fd: (0, 4096, 3, 1, fd, 0),
+    "CAP_READ CAP_WRITE CAP_SEEK CAP_MMAP_R",
+)
+_without_a_right("maps_nothing_without_the_right", "mmap", lambda w, fd: (0, 4096, 0, 2, fd, 0), "CAP_READ CAP_SEEK")
+
+
+def _a_socket(world: World) -> tuple[Any, ...]:
+    import socket
+
+    world.granted, world.peer = socket.socketpair()
+    world.peer.sendall(world.token)
+    world.peer.setblocking(False)
+    return world.granted, world.peer
+
+
+def _a_socket_and_a_file(world: World) -> tuple[Any, ...]:
+    return *_a_socket(world), open(world.secret, "rb", buffering=0)  # noqa: SIM115
+
+
+def _socket_held(right: str) -> Callable[[World], dict[str, Any]]:
+    def policy(world: World) -> dict[str, Any]:
+        from compart import grant, rights
+
+        return {"grants": [grant.descriptor(world.granted, getattr(rights, right) | rights.CAP_FSTAT)]}
+
+    return policy
+
+
+def _told(world: World) -> bool:
+    try:
+        return bool(world.peer.recv(100))
+    except BlockingIOError:
+        return False
+
+
+def _on_a_socket(name: str, call: str, arguments: Callable[[Any], tuple[Any, ...]], held: str, **options: Any) -> None:
+    """One call on a connected socket granted with one right."""
+    raw(
+        call,
+        lambda w, s, peer: arguments(s.fileno()),
+        surface="descriptors",
+        name=name,
+        gives=_a_socket,
+        policy=_socket_held(held),
+        **options,
+    )
+
+
+_RECEIVES: dict[str, Any] = {"held": "CAP_RECV", "effect": _told}
+_VECTOR = ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(_OUT), 8), 16)
+_on_a_socket("writes_to_a_socket_for_receiving", "write", lambda fd: (fd, b"told", 4), **_RECEIVES)
+_on_a_socket("writes_a_vector_to_a_socket_for_receiving", "writev", lambda fd: (fd, _VECTOR, 1), **_RECEIVES)
+_on_a_socket("sends_by_a_socket_for_receiving", "sendto", lambda fd: (fd, b"told", 4, 0, 0, 0), **_RECEIVES)
+_on_a_socket("closes_half_of_a_socket_for_receiving", "shutdown", lambda fd: (fd, 1), "CAP_RECV")
+_on_a_socket("asks_a_socket_for_receiving", "getsockopt", lambda fd: (fd, 1, 3, _OUT, struct.pack("I", 4)), "CAP_RECV")
+_on_a_socket(
+    "asks_a_socket_for_receiving_for_its_name", "getsockname", lambda fd: (fd, _OUT, struct.pack("I", 100)), "CAP_RECV"
+)
+_on_a_socket(
+    "asks_a_socket_for_receiving_for_its_peer", "getpeername", lambda fd: (fd, _OUT, struct.pack("I", 100)), "CAP_RECV"
+)
+_on_a_socket("reads_from_a_socket_for_sending", "read", lambda fd: (fd, _OUT, 8), "CAP_SEND")
+_on_a_socket("reads_a_vector_from_a_socket_for_sending", "readv", lambda fd: (fd, _VECTOR, 1), "CAP_SEND")
+_on_a_socket("receives_by_a_socket_for_sending", "recvfrom", lambda fd: (fd, _OUT, 8, 0, 0, 0), "CAP_SEND")
+
+
+@attempt(
+    surface="descriptors",
+    refused_with=PermissionError,
+    call="splice",
+    gives=_a_socket,
+    policy=_socket_held("CAP_RECV"),
+    effect=_told,
+)
+def splices_into_a_socket_for_receiving(outside: World, connection: Any, peer: Any) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"told")
+    native.call("splice", read_end, None, connection.fileno(), None, 4, 0)
+
+
+@attempt(
+    surface="descriptors",
+    refused_with=PermissionError,
+    call="sendfile",
+    gives=_a_socket_and_a_file,
+    policy=_socket_held("CAP_RECV"),
+    effect=_told,
+)
+def sends_a_file_into_a_socket_for_receiving(outside: World, connection: Any, peer: Any, file: Any) -> None:
+    native.call("sendfile", connection.fileno(), file.fileno(), None, 4)
+
+
 # -- two files with different rights ------------------------------------------------------------------------------------
 
 

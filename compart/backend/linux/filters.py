@@ -290,13 +290,13 @@ def sockets(layout: Layout) -> Iterator[Rule]:
 
 def socket_questions(layout: Layout) -> Iterator[Rule]:
     """getsockopt(2): SO_PEERCRED, SO_PEERPIDFD and their like would name or hand over other processes."""
-    held = Descriptor(0, layout.mask(r.CAP_GETSOCKOPT))
-    yield from either(
-        "getsockopt",
-        "CAP_GETSOCKOPT, but not who is at the other end",
-        (held, Equals(1, SOL_SOCKET), OneOf(2, PLAIN_SOCKET_OPTIONS)),
-        (held, OneOf(1, (0, 6, 17, 41))),  # IP, TCP, UDP, IPv6
+    own = (Below(0, BASE),)  # pairs of its own, with itself at the other end
+    mask = layout.mask(r.CAP_GETSOCKOPT)
+    granted: tuple[tuple[Condition, ...], ...] = (
+        (Descriptor(0, mask), Equals(1, SOL_SOCKET), OneOf(2, PLAIN_SOCKET_OPTIONS)),
+        (Descriptor(0, mask), OneOf(1, (0, 6, 17, 41))),  # IP, TCP, UDP, IPv6
     )
+    yield from either("getsockopt", "CAP_GETSOCKOPT, but not who is there", own, *(granted if mask else ()))
 
 
 def paths(layout: Layout) -> Iterator[Rule]:
