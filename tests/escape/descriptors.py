@@ -470,12 +470,6 @@ _without_a_right(
     effect=_changed,
 )
 _without_a_right("maps_without_the_right", "mmap", lambda w, fd: (0, 4096, 1, 2, fd, 0), "CAP_READ CAP_SEEK")
-_without_a_right(
-    "maps_for_writing_with_the_right_to_read",
-    "mmap",
-    lambda w, fd: (0, 4096, 3, 1, fd, 0),
-    "CAP_READ CAP_WRITE CAP_SEEK CAP_MMAP_R",
-)
 _without_a_right("maps_nothing_without_the_right", "mmap", lambda w, fd: (0, 4096, 0, 2, fd, 0), "CAP_READ CAP_SEEK")
 
 
@@ -489,7 +483,7 @@ def _a_socket(world: World) -> tuple[Any, ...]:
 
 
 def _a_socket_and_a_file(world: World) -> tuple[Any, ...]:
-    return *_a_socket(world), open(world.secret, "rb", buffering=0)  # noqa: SIM115
+    return *_a_socket(world), open(world.secret, "rb", buffering=0)
 
 
 def _socket_held(right: str) -> Callable[[World], dict[str, Any]]:
