@@ -205,8 +205,13 @@ def _place(buffers: list[Any], places: list[tuple[int, int]], room: int) -> None
     answer, lent = _fast.recv_fds(CONTROL, 64, 1)
     if not lent:
         raise OSError(f"the host lent no memory: {answer!r}")
-    with mmap.mmap(lent[0], int.from_bytes(answer[1:9], "little")) as shared:
+    try:
+        mapped = mmap.mmap(lent[0], int.from_bytes(answer[1:9], "little"))
+    except OSError as error:
+        raise MemoryError(f"no address space left for {room} bytes of result") from error
+    finally:
         os.close(lent[0])
+    with mapped as shared:
         for item, (offset, _) in zip(buffers, places, strict=True):
             _fast.copy_into(shared, offset, item)
 

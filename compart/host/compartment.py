@@ -442,13 +442,12 @@ class Compartment:
         # Loans are used in the order in which they were made, one for each value that has big buffers.
         room = self.leases[0].size if self.leases else 0
         parts = message.take_apart(frame, room)
-        if parts.descriptors > len(self.descriptors):
+        if parts.descriptors > len(self.descriptors) or (self.finished and parts.descriptors < len(self.descriptors)):
             raise ProtocolError(
                 f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}"
             )
         # In a stream those of later values may have come already; the last value leaves none over.
         ours, self.descriptors = self.descriptors[: parts.descriptors], self.descriptors[parts.descriptors :]
-        over = self.descriptors if self.finished else []
         memory: Any = self.leases.pop(0) if parts.places else None
         if memory is not None and not self.finished:
             self.used.append(memory)
@@ -466,7 +465,7 @@ class Compartment:
                 memory,
                 lambda kind, meta: _attach(kind, meta, ours, made),
             )
-            if ours or over:
+            if ours:
                 raise ProtocolError("the compartment sent a descriptor that its value does not name")
         except BaseException:
             for item in made:

@@ -52,6 +52,9 @@ class _Found:
             return
         self.seen.add(id(annotation))
         origin = typing.get_origin(annotation)
+        if hasattr(annotation, "__value__"):
+            # `type Name = ...` (PEP 695), plain or with parameters.
+            self.add(annotation.__value__)
         if origin is not None:
             self.add(origin)
             for argument in typing.get_args(annotation):

@@ -1014,3 +1014,34 @@ def takes_a_number_among_the_granted(outside: World) -> int:
 def takes_a_number_among_the_granted_by_fcntl(outside: World) -> int:
     read_end, _ = os.pipe()
     return native.call("fcntl", read_end, fcntl.F_DUPFD, 600)
+
+
+@attempt(
+    surface="descriptors",
+    refused_with=(PermissionError, errno.EINVAL),
+    arrange=_soft_below_hard(resource.RLIMIT_NOFILE),
+    proof=lambda world, answer: answer == 0,
+)
+def raises_its_limit_of_open_files_by_the_old_call(outside: World) -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return native.call("setrlimit", resource.RLIMIT_NOFILE, struct.pack("QQ", soft + 1, max(hard, soft + 1)))
+
+
+# The channel's numbers, and all above.
+raw("close_range", lambda w: (480, 0xFFFFFFFF, 0), surface="descriptors", name="closes_everything_that_was_granted")
+raw("close_range", lambda w: (480, 0xFFFFFFFF, 4), surface="descriptors", name="marks_everything_that_was_granted")
+for _number in (480, 481, 482, 483, 511):
+    raw(
+        "dup2",
+        lambda w, number=_number: (0, number),
+        surface="descriptors",
+        name=f"takes_number_{_number}_of_the_channel",
+        refused_with=(PermissionError, errno.EBADF),
+    )
+    raw(
+        "dup3",
+        lambda w, number=_number: (0, (1 << 32) | number, 0),
+        surface="descriptors",
+        name=f"takes_number_{_number}_of_the_channel_with_garbage_above",
+        refused_with=(PermissionError, errno.EBADF),
+    )

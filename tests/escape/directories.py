@@ -472,10 +472,13 @@ def _gives_two(world: World, inside: bool) -> tuple[Any, ...]:
 
 
 def from_two(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """One directory for reading and one for changing: the second must lend the first nothing."""
+    """One directory for reading and one for changing: the second must lend the first nothing.
+
+    Without Landlock nothing would keep a named pipe in the first from being written to.
+    """
     return attempt(
         surface="directories",
-        needs={"namespaces"},
+        needs={"namespaces", "landlock"},
         gives_by_side=_gives_two,
         refused_with=(*READ_ONLY, errno.EXDEV, errno.ENOENT),
         **options,

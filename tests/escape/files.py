@@ -462,6 +462,7 @@ def watches_a_directory(outside: World) -> int:
 
 
 raw("inotify_add_watch", lambda w: (0, w.directory, 0x100), surface="files", outside=reaches(errno.EINVAL))
+raw("inotify_init", lambda w: (), surface="files")
 raw("fanotify_init", lambda w: (0, 0), surface="files", privileged=True)
 raw(
     "fanotify_mark",

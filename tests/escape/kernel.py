@@ -78,6 +78,30 @@ _anyone("mseal", 0, 0, 0)
 _anyone("set_mempolicy_home_node", 0, 0, 0, 0, errnos=(errno.EINVAL,))
 _anyone("readahead", 0, 0, 0, errnos=(errno.EINVAL,), name="reads_ahead_of_what_is_no_file")
 
+raw(
+    "arch_prctl",
+    lambda w: (0x1011, 0),  # ARCH_GET_CPUID
+    surface="kernel",
+    # Probed by libraries that go without: refused, and not told.
+    refused_with=(PermissionError, errno.ENOSYS),
+    outside=reaches(errno.ENODEV),
+)
+for _call in (
+    "_sysctl",
+    "create_module",
+    "get_kernel_syms",
+    "query_module",
+    "getpmsg",
+    "putpmsg",
+    "afs_syscall",
+    "tuxcall",
+    "security",
+    "epoll_ctl_old",
+    "epoll_wait_old",
+    "vserver",
+):
+    _anyone(_call)
+
 # -- mounts by their newer calls ---------------------------------------------------------------------------------------
 
 _owner("fsopen", b"tmpfs", 0)

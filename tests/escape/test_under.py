@@ -29,14 +29,12 @@ MACHINES: dict[str, tuple[tuple[str, ...], int | None, set[str]]] = {
     "docker": (("docker",), None, {"namespaces"}),
     "no-landlock": (("no-landlock",), None, {"landlock"}),
     "no-namespaces": (("no-namespaces",), None, {"namespaces"}),
-    "no-listener": (("no-listener",), None, {"listener"}),
     "nothing-but-seccomp": (
         ("no-landlock", "no-namespaces", "no-listener"),
         None,
         {"landlock", "namespaces", "listener"},
     ),
     "a-user-without-privileges": ((), NOBODY, set()),
-    "a-user-in-docker": (("docker",), NOBODY, {"namespaces"}),
 }
 
 MOST_SKIPPED = 16

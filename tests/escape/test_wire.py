@@ -360,11 +360,20 @@ def test_closing_every_number_ends_it_in_time(unharmed: None) -> None:
 
 def test_a_flood_of_loans_is_ended(unharmed: None) -> None:
     def inside() -> None:
+        while True:
+            _fast.send_fds(CONTROL, b"A" + (1 << 20).to_bytes(8, "little"), [])
+
+    with pytest.raises(ProtocolError):
+        call(inside)
+
+
+def test_asking_for_one_loan_after_the_other_comes_to_an_end(unharmed: None) -> None:
+    def inside() -> None:
         for _ in range(1000):
             borrow(64 << 20)
 
     with pytest.raises(CompartError):
-        call(inside, memory=None)
+        call(inside, memory=None, timeout=0.5)
 
 
 def test_a_flood_of_descriptors_is_ended(unharmed: None) -> None:

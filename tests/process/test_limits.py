@@ -159,7 +159,7 @@ def test_the_timeout_ends_a_stream_that_nobody_reads() -> None:
         with sandboxed(says_its_pid_and_loops, timeout=0.2)(tell_file) as stream:
             pid = int(told_file.readline())
             assert next(stream) == 1
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while _runs(pid) and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert not _runs(pid)
@@ -269,7 +269,8 @@ def test_the_memory_limit_ends_a_call_that(inside: Any) -> None:
 
 
 def test_one_block_that_is_too_large_meets_the_memory_limit() -> None:
-    ends_at_memory(lambda: bytearray(65 * MIB), memory="64M")
+    # More than the limit: a piece of the heap that the host had freed is within its start.
+    ends_at_memory(lambda: bytearray(256 * MIB), memory="64M")
 
 
 def test_mapped_memory_meets_the_memory_limit() -> None:

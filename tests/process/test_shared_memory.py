@@ -9,6 +9,8 @@ import mmap
 import multiprocessing.shared_memory
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from compart import Buffer, CompartmentDied, _fast, message, sandboxed
 from compart.backend.linux.filters import CONTROL, RESULT
 from compart.host import arena, compartment
 
+ROOT = Path(__file__).parents[2]
 SIZE = 65536
 CONTENT = b"the host's own " * (SIZE // 15) + b" " * (SIZE % 15)
 MIB = 2**20
@@ -334,26 +337,31 @@ def test_a_stream_that_is_ahead_does_not_overwrite_what_is_being_read(monkeypatc
             time.sleep(0.02)  # let it run ahead
 
 
-class Collecting(int):
-    """A size that has the collector run where sizes are compared."""
+COLLECTS = """
+import faulthandler, gc
+from compart import sandboxed
+from compart.host import arena
 
-    def __le__(self, other: int) -> bool:
+class Collecting(int):  # has the collector run where sizes are compared
+    def __le__(self, other):
         gc.collect()
         return int(self) <= other
+
+faulthandler.dump_traceback_later(10, exit=True)
+kept = [sandboxed(lambda: memoryview(b"x" * 200_000))()]
+kept.append(kept)
+free = sandboxed(lambda: memoryview(b"y" * 200_000))()
+gc.disable()
+del kept, free
+arena.lease(Collecting(200_000))
+assert bytes(sandboxed(lambda: memoryview(b"z" * 200_000))()) == b"z" * 200_000
+"""
 
 
 def test_memory_that_a_collection_gives_back_while_some_is_taken_stops_nobody() -> None:
     """A result in a reference cycle dies whenever the collector runs, also in the middle of a loan."""
-    kept: list[Any] = [sandboxed(lambda: memoryview(b"x" * 200_000))()]
-    kept.append(kept)
-    free = sandboxed(lambda: memoryview(b"y" * 200_000))()
-    del kept, free
-
-    thread = threading.Thread(target=arena.lease, args=(Collecting(200_000),), daemon=True)
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert bytes(sandboxed(lambda: memoryview(b"z" * 200_000))()) == b"z" * 200_000
+    done = subprocess.run([sys.executable, "-c", COLLECTS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_results_of_several_threads_do_not_mix() -> None:

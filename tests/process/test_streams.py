@@ -329,10 +329,10 @@ def test_a_refused_call_ends_it_by_default(tmp_path):
         yield 2
         yield 3
 
-    stream = sandboxed(looks)()
-    assert next(stream) == 1
+    # The generator may have run ahead to the refused call before its first value is taken.
     with pytest.raises(ViolationError):
-        list(stream)
+        list(sandboxed(looks)())
+    assert open_children() == []
     assert list(sandboxed(looks, on_violation="deny")()) == [1, 2, 3]
 
 

@@ -13,6 +13,7 @@ import pathlib
 import re
 import stat
 import struct
+import sys
 import threading
 import types
 import typing
@@ -380,6 +381,14 @@ PAGE = Page(3, Font("Times", Colour.BLUE), [Point(1, 2)], {"k": Font("Mono", Non
 )
 def test_the_annotation_may_name_it_anywhere(value, annotation):
     assert returns(value, annotation) == value
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the type statement came with Python 3.12")
+def test_the_annotation_may_be_an_alias():
+    names = {"Page": Page}
+    exec("type Alias = Page\ntype Listed[T] = list[T | None]", names)
+    assert returns(PAGE, names["Alias"]) == PAGE
+    assert returns([PAGE, None], names["Listed"][Page]) == [PAGE, None]
 
 
 def test_what_a_field_names_leaves_with_it():
@@ -763,7 +772,7 @@ def test_a_value_that_breaks_the_protocol_after_a_file_leaves_nothing_open(path)
         return 1
 
     with open(path, "rb") as file:
-        with pytest.raises(ProtocolError, match="announced 0 descriptors and sent 3"):
+        with pytest.raises(ProtocolError, match="a descriptor that its value does not name"):
             sandboxed(lies)(file)
 
 
