@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from compart import capability
 from compart.capability import Handed, System
@@ -56,15 +56,14 @@ class Enforcement:
         return "\n".join(str(wall) for wall in self.walls)
 
 
-@dataclass(frozen=True, slots=True)
-class Channel:
+class Channel(NamedTuple):
     """The child's ends: numbers as the host has them, to be moved to where the filter expects them."""
 
     result: int
-    control: int
     trace: int
     stdout: int
     stderr: int
+    control: int
     lifeline: int = -1
 
 

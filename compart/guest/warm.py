@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 
+from compart.backend.linux import _sys
+
 MODULES = (
     # formatting and sending errors
     "traceback", "linecache", "warnings", "tokenize", "token", "ast", "textwrap", "inspect", "contextlib",
@@ -62,7 +64,7 @@ def _forked() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_forked)
+_sys.at_fork(_forked)
 
 
 def _defaults() -> None:

@@ -54,17 +54,20 @@ class Job:
 
     def prepare(self) -> None:
         """Make the inherited interpreter fit for a life inside: all walls are up but the last."""
-        # The host's streams hold text that it has not written yet; it must not come out a second time.
-        stdin, stdout, stderr = STREAMS if STREAMS is not None else _make_streams()
-        sys.stdin = sys.__stdin__ = stdin  # type: ignore[misc]
-        sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = stderr  # type: ignore[misc]
+        # Whole dictionaries at once: few lines, few page faults.
+        of_sys.update(REPLACEMENTS)
+        if "stdout" not in REPLACEMENTS:
+            of_sys.update(_streams())
+        of_linecache.update(NO_LINES)
+        threading.excepthook = _print_in_thread
+        # The C library counts processors by reading files.
+        os.cpu_count = _cpu_count
+        sys.meta_path.insert(0, LATE_IMPORT)
         if self.handed:
             self._rebuild()
         if self.looping:
             # The host's running loop is not ours: its selector's descriptors are gone.
             sys.modules["asyncio.events"]._set_running_loop(None)
-        _no_surprises()
         inside.inside = True
 
     def _rebuild(self) -> None:
@@ -79,26 +82,27 @@ class Job:
 
 def main(backend: Backend, job: Job) -> None:
     """Run the job and end the process. Called in the child right after the fork; does not return."""
-    code = 1
+    # The exit code of a worker that itself broke: nothing is left to tell it to.
+    code = 70
     try:
-        code = _enter_and_run(backend, job)
+        gc.disable()
+        gc.freeze()
+        try:
+            backend.enter(job.plan, job.script, job.prepare)
+        except Exception as error:
+            code = _say_which_wall(job, error)
+        else:
+            gc.enable()
+            _run(job)
+            code = 0
     except BaseException:
-        # Nothing is left to tell it to; the exit code says that the worker itself broke.
         with contextlib.suppress(BaseException):
             traceback.print_exc()
-        code = 70
     finally:
         os._exit(code)
 
 
-def _enter_and_run(backend: Backend, job: Job) -> int:
-    gc.disable()
-    gc.freeze()
-    try:
-        backend.enter(job.plan, job.script, job.prepare)
-    except Exception as error:
-        return _say_which_wall(job, error)
-    gc.enable()
+def _run(job: Job) -> None:
     try:
         value = job.function(*job.args, **job.kwargs)
         if job.kind != "call" or job.files:
@@ -106,10 +110,9 @@ def _enter_and_run(backend: Backend, job: Job) -> int:
     except BaseException as error:
         _flush()
         _send_error(error)
-        return 0
+        return
     _flush()
     _send_value(job, message.END if "stream" in job.kind else message.VALUE, value)
-    return 0
 
 
 def _say_which_wall(job: Job, error: Exception) -> int:
@@ -351,18 +354,9 @@ def _make_streams() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIOWrappe
     return on(0, "r"), on(1, "w"), on(2, "w")
 
 
-def _streams_made_early() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIOWrapper] | None:
-    # Made once where children are forked from, and never used there: an object is only a number and an empty buffer. A
-    # host without standard streams cannot make them.
-    with contextlib.suppress(OSError):
-        return _make_streams()
-    return None
-
-
 CPU_COUNT = os.cpu_count()
 REPLACED = (linecache.checkcache, linecache.updatecache, sys.unraisablehook, threading.excepthook, os.cpu_count)
 """Kept when they are replaced: to free one costs a page fault for every object that hangs on it."""
-STREAMS = _streams_made_early()
 LATE_IMPORT = _LateImport()
 
 
@@ -376,22 +370,6 @@ def _flush() -> None:
         sys.stderr.flush()
     except Exception:
         pass
-
-
-def _no_surprises() -> None:
-    """Keep the interpreter from looking for files that are not there when nobody asked it to."""
-    sys.meta_path.insert(0, LATE_IMPORT)
-    # Formatting a traceback or a warning reads source lines: the text comes without them, the host adds its own.
-    linecache.checkcache = _nothing_to_check
-    linecache.updatecache = _no_lines
-    # The printers written in C open the source file themselves.
-    sys.excepthook = traceback.print_exception
-    sys.unraisablehook = _print_unraisable
-    threading.excepthook = _print_in_thread
-    # The C library counts processors by reading files.
-    os.cpu_count = _cpu_count
-    # Arguments of the host's command line are often secrets.
-    sys.argv, sys.orig_argv = [""], [""]
 
 
 def _nothing_to_check(filename: str | None = None) -> None:
@@ -415,6 +393,36 @@ def _print_in_thread(args: Any) -> None:
 
 def _cpu_count() -> int | None:
     return CPU_COUNT
+
+
+def _streams() -> dict[str, object]:
+    stdin, stdout, stderr = _make_streams()
+    inner = {"__stdin__": stdin, "__stdout__": stdout, "__stderr__": stderr}
+    return {"stdin": stdin, "stdout": stdout, "stderr": stderr, **inner}
+
+
+def _streams_made_early() -> dict[str, object]:
+    # Made once where children are forked from, and never used there: an object is only a number and an empty buffer. A
+    # host without standard streams cannot make them.
+    with contextlib.suppress(OSError):
+        return _streams()
+    return {}
+
+
+of_sys: dict[str, object] = vars(sys)
+of_linecache: dict[str, object] = vars(linecache)
+REPLACEMENTS = {
+    # The host's streams hold text that it has not written yet; it must not come out a second time.
+    **_streams_made_early(),
+    # Arguments of the host's command line are often secrets.
+    "argv": [""],
+    "orig_argv": [""],
+    # The printers written in C open source files themselves.
+    "excepthook": traceback.print_exception,
+    "unraisablehook": _print_unraisable,
+}
+NO_LINES = {"checkcache": _nothing_to_check, "updatecache": _no_lines}
+"""Formatting a traceback or a warning reads source lines: the text comes without them, the host adds its own."""
 
 
 def _replace(value: Any, rebuilt: dict[int, object], seen: dict[int, Any]) -> Any:

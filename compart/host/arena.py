@@ -122,12 +122,10 @@ def trim() -> None:
 def _forked() -> None:
     # The mappings did not come along (MADV_DONTFORK), and the lock may be held by a thread that did not either.
     global _lock
-    if _sys.in_own_fork():
-        return
     _lock = threading.Lock()
     for piece in _free:
         os.close(piece.descriptor)
     _free.clear()
 
 
-os.register_at_fork(after_in_child=_forked)
+_sys.at_fork(_forked)

@@ -48,6 +48,9 @@ from compart.violation import Violation
 
 CLD_EXITED, CLD_KILLED, CLD_DUMPED = 1, 2, 3
 MOST_LENT = 4
+PATIENCE = 3
+"""Milliseconds for which the host waits for an answer and nothing else. Most calls end within; being woken to take the
+listener, which most never need, would cost more than all else about it. Refused calls wait that long at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Compartment:
     `pump(timeout)` serves whatever is ready; `answer` is the frame that the compartment sent, once there is one.
     """
 
-    def __init__(self, call: Call, handed: list[Handed], *, stream: bool = False) -> None:
+    def __init__(self, call: Call, handed: list[Handed], *, waits: bool = True) -> None:
         self.call = call
         self.policy = call.policy
         self.started = time.monotonic()
@@ -106,70 +109,65 @@ class Compartment:
         self.owner = os.getpid()
         self.result_open = True
         self.walls_stand = False
+        self.ours: list[int] = []
         self.theirs: list[int] = []
         self.forked: list[tuple[int, int]] = []
         self.pidfd = self.result = self.control = self.trace = self.listener = -1
-        self.lifeline = -1
-        self.poll = select.poll()
+        self.answered = False
+        self.poll: select.poll | None = None
         self._polled: set[int] = set()
         self.backend = backend.select()
         self.handed = handed
         self.plan: Plan = self.backend.plan(self.policy, handed)
-        _live.add(self)
+        _live[id(self)] = weakref.ref(self)
         try:
-            self._start(handed, stream)
+            self._start(handed, waits)
         except BaseException:
             self.close()
             raise
 
     # ---- birth ----------------------------------------------------------------------------------------------------------
 
-    def _start(self, handed: list[Handed], stream: bool) -> None:
-        theirs = self.theirs
+    def _start(self, handed: list[Handed], waits: bool) -> None:
+        ours, theirs = self.ours, self.theirs
         try:
-            self.result, result_w = _pipe(theirs, reader_ours=True)
-            self.trace, trace_w = _pipe(theirs, reader_ours=True)
-            self.control, control = _sys.socketpair()
-            theirs.append(control)
-            stdout = self._output(self.policy.stdout, self.stdout, 1, theirs)
-            stderr = self._output(self.policy.stderr, self.stderr, 2, theirs)
-            lifeline = -1
-            if stream:
+            _sys.pipes(4, ours, theirs)
+            self.result, self.trace, out, err = ours
+            self._output(self.policy.stdout, self.stdout, 1, out)
+            self._output(self.policy.stderr, self.stderr, 2, err)
+            _sys.socketpair(ours, theirs)
+            self.control = ours[4]
+            if "stream" in self.call.kind:
                 # The thread that starts a stream may end before it does, or become another program with it.
-                lifeline, self.lifeline = os.pipe()
-                theirs.append(lifeline)
-            channel = Channel(result_w, control, trace_w, stdout, stderr, lifeline)
+                _sys.pipes(1, theirs, ours)
+            channel = Channel(*theirs)
             script = self.plan.write(channel)
             job = Job(
                 self.call.function, self.call.args, self.call.kwargs, self.call.kind, handed, self.call.registry,
                 self.call.types, self.policy.result_limit, self.plan, channel, script, _looping(), _replaced(),
                 [],
             )  # fmt: skip
-            for descriptor in (self.result, self.control, self.trace, *self.output):
-                os.set_blocking(descriptor, False)
-                self._watch(descriptor)
-            self.pid, self.pidfd = self._fork(job)
+            self._fork(job, waits)
         finally:
-            self._close_theirs()
-        self._watch(self.pidfd)
+            _sys.close_all(theirs)
 
-    def _close_theirs(self) -> None:
-        while self.theirs:
-            os.close(self.theirs.pop())
-
-    def _fork(self, job: Job) -> tuple[int, int]:
-        pid, pidfd = _sys.fork(threading.active_count() > 1, self.forked)
+    def _fork(self, job: Job, waits: bool) -> None:
+        # Where libc's own fork is not to be had, another thread may hold a lock of malloc for ever in the child.
+        probe_heap = not _sys.fork_runs_handlers() and threading.active_count() > 1
+        patience = 0
+        if waits:
+            patience = PATIENCE if self.policy.timeout is None else min(PATIENCE, int(self.policy.timeout * 1000))
+        pid, pidfd = _sys.fork(probe_heap=probe_heap, into=self.forked)
         if pid == 0:
             worker.main(self.backend, job)
-        return pid, pidfd
+        self.pid, self.pidfd = pid, pidfd
+        self.answered = _sys.settle(self.theirs, self.result, pidfd, patience)
 
-    def _output(self, how: str, into: bytearray, number: int, theirs: list[int]) -> int:
+    def _output(self, how: str, into: bytearray, number: int, ours: int) -> None:
         # "inherit" is relayed and "null" is drained: the compartment never holds the host's terminal, log file or device.
-        ours, other = _pipe(theirs, reader_ours=True)
         self.output[ours] = into if how == "capture" else bytearray()
         if how == "inherit":
             self.relays[ours] = number
-        return other
 
     # ---- life -----------------------------------------------------------------------------------------------------------
 
@@ -183,6 +181,9 @@ class Compartment:
 
     def wait_frame(self) -> tuple[int, bytes] | None:
         """The next frame, or None when the compartment ended without one. Enforces time, CPU and violations."""
+        if self.answered:
+            self.answered = False
+            self._fill()
         while True:
             frame = self.take()
             if frame is not None:
@@ -202,7 +203,7 @@ class Compartment:
 
     def pump(self, timeout: float | None) -> None:
         """Serve what is ready, waiting at most `timeout` seconds for something to be."""
-        ready = self.poll.poll(None if timeout is None else timeout * 1000 + 1)
+        ready = self._watch_all().poll(None if timeout is None else timeout * 1000 + 1)
         for descriptor, _ in ready:
             if self.finished and descriptor != self.result:
                 continue
@@ -220,12 +221,20 @@ class Compartment:
                 self._ended()
         self._check_limits()
 
+    def _watch_all(self) -> select.poll:
+        if self.poll is None:
+            self.poll = select.poll()
+            for descriptor in (self.result, self.control, self.trace, *self.output, self.pidfd, self.listener):
+                self._watch(descriptor)
+        return self.poll
+
     def _watch(self, descriptor: int) -> None:
-        self.poll.register(descriptor, select.POLLIN)
-        self._polled.add(descriptor)
+        if self.poll is not None and descriptor >= 0:
+            self.poll.register(descriptor, select.POLLIN)
+            self._polled.add(descriptor)
 
     def _unwatch(self, descriptor: int) -> None:
-        if descriptor in self._polled:
+        if self.poll is not None and descriptor in self._polled:
             self.poll.unregister(descriptor)
             self._polled.discard(descriptor)
 
@@ -285,6 +294,7 @@ class Compartment:
             self.walls_stand = True
             if descriptors:
                 self.listener = descriptors[0]
+                self.ours.append(self.listener)
                 self._watch(self.listener)
         elif said == b"D" and descriptors and len(self.descriptors) + len(descriptors) <= message.MOST_DESCRIPTORS:
             self.descriptors += descriptors
@@ -356,36 +366,43 @@ class Compartment:
         """The descriptors that `pump` serves, for an event loop to watch."""
         if self.finished:
             return set()
+        self._watch_all()
         return set(self._polled)
 
     # ---- death ------------------------------------------------------------------------------------------------------------
 
+    def stop(self) -> None:
+        """Send it SIGKILL. It takes a while to die, in which the host may go on with what does not depend on it."""
+        if not self.finished:
+            try:
+                _sys.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
     def kill(self) -> None:
         """End the compartment and reap it. What it already sent stays readable."""
-        if self.finished:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            _sys.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        self._ended()
+        if not self.finished:
+            self.stop()
+            self._ended()
 
     def _ended(self) -> None:
         if self.finished:
             return
-        self.died = _sys.waitid(self.pidfd)
-        self.finished = True
-        self.ended_at = time.monotonic()
+        self._reap()
         for descriptor in self.output:
             for _ in range(64):
                 before = len(self.output[descriptor])
                 self._drain(descriptor)
                 if len(self.output[descriptor]) == before:
                     break
-        self._trace_rest()
+        self._trace()
         if self.result_open:
             self._fill()
 
-    def _trace_rest(self) -> None:
-        self._trace()
+    def _reap(self) -> None:
+        self.died = _sys.waitid(self.pidfd)
+        self.finished = True
+        self.ended_at = time.monotonic()
 
     @property
     def stillborn(self) -> bool:
@@ -409,22 +426,24 @@ class Compartment:
         if self.closed:
             return
         self.closed = True
-        _live.discard(self)
-        self._close_theirs()
+        _live.pop(id(self), None)
+        _sys.close_all(self.theirs)
         if self.forked:
             # An interrupt may have come before the constructor could keep these.
             self.pid, self.pidfd = self.forked[0]
-        if self.pidfd >= 0 and not self.finished and self.owner == os.getpid():
-            with contextlib.suppress(ProtocolError):
-                self.kill()
-        for descriptor in (
-            self.pidfd, self.result, self.control, self.trace, self.listener, self.lifeline, *self.output, *self.descriptors,
-        ):  # fmt: skip
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.descriptors = []
-        for item in self.handed:
-            item.close()
+        lives = self.pidfd >= 0 and not self.finished and self.owner == os.getpid()
+        try:
+            if lives:
+                self.stop()
+            _sys.close_all(self.ours)
+            _sys.close_all(self.descriptors)
+            for item in self.handed:
+                item.close()
+            if lives:
+                self._reap()
+        finally:
+            if self.pidfd >= 0:
+                os.close(self.pidfd)
 
     def __enter__(self) -> Self:
         return self
@@ -442,12 +461,15 @@ class Compartment:
         # Loans are used in the order in which they were made, one for each value that has big buffers.
         room = self.leases[0].size if self.leases else 0
         parts = message.take_apart(frame, room)
-        if parts.descriptors > len(self.descriptors) or (self.finished and parts.descriptors < len(self.descriptors)):
+        if parts.descriptors > len(self.descriptors) or (not copy and parts.descriptors < len(self.descriptors)):
             raise ProtocolError(
                 f"the compartment announced {parts.descriptors} descriptors and sent {len(self.descriptors)}"
             )
         # In a stream those of later values may have come already; the last value leaves none over.
         ours, self.descriptors = self.descriptors[: parts.descriptors], self.descriptors[parts.descriptors :]
+        if parts.places and not copy:
+            # Dead, it cannot change what is read now.
+            self.kill()
         memory: Any = self.leases.pop(0) if parts.places else None
         if memory is not None and not self.finished:
             self.used.append(memory)
@@ -475,12 +497,23 @@ class Compartment:
             raise
         return read
 
+    def missed_a_wall(self, frame: tuple[int, bytes] | None) -> bool:
+        """Whether it ended before its walls stood: the function has not run."""
+        if frame is None or frame[0] != message.WALL:
+            return False
+        while self._control():
+            pass
+        return not self.walls_stand
+
     def end(self, frame: tuple[int, bytes] | None) -> Any:
         """The value of the last frame, or the error that the end of the compartment means."""
         try:
             value, error = self._outcome(frame), None
         except Exception as raised:
             value, error = None, raised
+        if self.supervisor is not None:
+            # The stacks of what was refused may still lie in the pipe.
+            self.kill()
         violations = self.violations
         if violations and self.policy.on_violation != "deny":
             assert self.supervisor is not None
@@ -492,11 +525,14 @@ class Compartment:
 
     def _outcome(self, frame: tuple[int, bytes] | None) -> Any:
         if frame is None or self.limit is not None:
+            self.kill()
             raise self._death()
         kind, body = frame
+        if kind not in (message.VALUE, message.YIELD):
+            self.kill()
         match kind:
             case message.VALUE | message.YIELD:
-                return self.value(body, copy=not self.finished)
+                return self.value(body, copy=False)
             case message.END:
                 return None
             case message.RAISED:
@@ -506,9 +542,7 @@ class Compartment:
             case message.TOO_LARGE:
                 raise self._too_large()
             case message.WALL:
-                while self._control():
-                    pass
-                if self.walls_stand:
+                if not self.missed_a_wall(frame):
                     raise ProtocolError("the compartment says that a wall could not be put up, when all of them stand")
                 name, _, reason = body[:4000].decode(errors="replace").partition("\n")
                 raise UnsupportedError(name, f"could not be put up: {reason}")
@@ -587,19 +621,17 @@ class Compartment:
         return self._text(self.stdout), self._text(self.stderr)
 
 
-_live: weakref.WeakSet[Compartment] = weakref.WeakSet()
+_live: dict[int, weakref.ref[Compartment]] = {}
 
 
 def _forked() -> None:
     """In a forked child of the host: its parent's compartments are not its own to end, nor to keep alive."""
-    if _sys.in_own_fork():
-        return
-    for compartment in list(_live):
+    for compartment in [known for reference in _live.values() if (known := reference()) is not None]:
         compartment.finished = True
         compartment.close()
 
 
-os.register_at_fork(after_in_child=_forked)
+_sys.at_fork(_forked)
 
 
 def _looping() -> bool:
@@ -674,12 +706,6 @@ def open_buffered(raw: io.FileIO) -> Any:
     if raw.readable() and raw.writable():
         return io.BufferedRandom(raw)
     return io.BufferedReader(raw) if raw.readable() else io.BufferedWriter(raw)
-
-
-def _pipe(theirs: list[int], *, reader_ours: bool) -> tuple[int, int]:
-    reader, writer = os.pipe()
-    theirs.append(writer)
-    return reader, writer
 
 
 def _last_words(stderr: str) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import contextvars
 import functools
 import inspect
-import os
 import select
 import sys
 import threading
@@ -49,6 +48,7 @@ class Sandboxed(Generic[P, R]):
         self.policy = policy
         self._kind = _kind_of(function)
         self._types: tuple[tuple[type, ...], _fast.Registry] | None = None
+        self._warm = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in a fresh compartment and return the value; a generator function gives an iterator."""
@@ -63,7 +63,7 @@ class Sandboxed(Generic[P, R]):
         """Run as a call does, and return everything it gave: value, output, usage, violations, enforcement."""
         if "stream" in self._kind:
             raise PolicyError(f"{self._name} is a generator; iterate over the call, which has no single outcome")
-        value, ended = _run(self._call(args, kwargs))
+        value, ended = _run(self._call(args, kwargs), whole=True)
         return _outcome(value, ended)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[R]:
@@ -83,7 +83,7 @@ class Sandboxed(Generic[P, R]):
     async def _aio(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call(args, kwargs)
         for attempt in range(MOST_FORKS):
-            with _started(call) as compartment:
+            with _started(call, waits=False) as compartment:
                 frame = await _frame_async(compartment)
                 compartment.kill()
                 if _again(compartment, frame, attempt):
@@ -125,7 +125,9 @@ class Sandboxed(Generic[P, R]):
             types, ndarray = leaving.leaving_types(self.__wrapped__)
             self._types = types, _fast.Registry(types, ndarray=ndarray)
         types, registry = self._types
-        warm.ready(self.policy.preload, self.policy.warm)
+        if not self._warm:
+            warm.ready(self.policy.preload, self.policy.warm)
+            self._warm = True
         return Call(self.__wrapped__, args, kwargs, self._kind, self.policy, types, registry, self._name)
 
 
@@ -200,15 +202,19 @@ def _check_arguments(function: Any, name: str, args: tuple[Any, ...], kwargs: di
 # ---- one call ---------------------------------------------------------------------------------------------------------------
 
 
-def _run(call: Call) -> tuple[Any, Compartment]:
+def _run(call: Call, *, whole: bool = False) -> tuple[Any, Compartment]:
+    """The value, and the compartment that gave it; with `whole` also what it printed and used."""
     for attempt in range(MOST_FORKS):
         with _started(call) as compartment:
             frame = compartment.wait_frame()
             # The answer is here: end it, so that nothing it still does can touch what is read now.
-            compartment.kill()
+            compartment.stop()
             if _again(compartment, frame, attempt):
                 continue
-            return compartment.end(frame), compartment
+            value = compartment.end(frame)
+            if whole or compartment.relays:
+                compartment.kill()
+            return value, compartment
     raise _stillborn(call)
 
 
@@ -216,7 +222,7 @@ def _again(compartment: Compartment, frame: tuple[int, bytes] | None, attempt: i
     """Whether the same call deserves another fork: the function has not run yet, and what was wrong may have passed."""
     if compartment.stillborn:
         return True
-    if attempt == 0 and frame is not None and frame[0] == message.WALL and not compartment.walls_stand:
+    if attempt == 0 and compartment.missed_a_wall(frame):
         # What the host keeps for all calls may have gone: a daemon closes every descriptor, a service gives up root.
         compartment.backend.forget()
         return True
@@ -234,10 +240,10 @@ def _outcome(value: Any, ended: Compartment) -> Outcome:
     return Outcome(value, stdout, stderr, ended.usage, ended.violations, ended.backend.enforcement(ended.policy))
 
 
-def _started(call: Call, *, stream: bool = False) -> Compartment:
+def _started(call: Call, *, waits: bool = True) -> Compartment:
     handed = _hand_over(call)
     try:
-        return Compartment(call, handed, stream=stream)
+        return Compartment(call, handed, waits=waits)
     except BaseException:
         for item in handed:
             item.close()
@@ -246,6 +252,8 @@ def _started(call: Call, *, stream: bool = False) -> Compartment:
 
 def _hand_over(call: Call) -> list[Handed]:
     """Acquire every capability among the arguments and in the policy's grants."""
+    if not call.kwargs and not call.policy.grants and all(type(item) in PLAIN for item in call.args):
+        return []
     handed: list[Handed] = []
     try:
         granted = {id(grant.object): grant for grant in call.policy.grants if grant.kind == "descriptor"}
@@ -266,6 +274,9 @@ def _hand_over(call: Call) -> list[Handed]:
     return handed
 
 
+PLAIN = frozenset({str, int, bytes, float, bool, type(None)})
+
+
 def _capabilities(value: Any) -> Iterator[Any]:
     """Every object among the arguments that stands for a descriptor, each once, also inside plain containers."""
     seen: set[int] = set()
@@ -273,7 +284,7 @@ def _capabilities(value: Any) -> Iterator[Any]:
     while waiting:
         item = waiting.pop()
         kind = type(item)
-        if kind in (str, int, bytes, float, bool, type(None)):
+        if kind in PLAIN:
             continue
         if id(item) in seen:
             continue
@@ -348,7 +359,7 @@ class Stream(Iterator[Any]):
 
     def __init__(self, function: Sandboxed[Any, Any], call: Call) -> None:
         self._name = function._name
-        self._compartment: Compartment | None = _started(call, stream=True)
+        self._compartment: Compartment | None = _started(call, waits=False)
 
     def __iter__(self) -> Stream:
         return self
@@ -441,9 +452,7 @@ def _executor() -> concurrent.futures.ThreadPoolExecutor:
 
 def _forked() -> None:
     global _pool, _pool_lock
-    if _sys.in_own_fork():
-        return
     _pool, _pool_lock = None, threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forked)
+_sys.at_fork(_forked)

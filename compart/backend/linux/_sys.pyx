@@ -5,6 +5,8 @@ Runs in the host and, between fork and wall, in the child. Every function raises
 says in its first line which manual page it speaks for.
 """
 
+import os
+
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 
@@ -600,6 +602,19 @@ cdef extern from *:
     int compart_heap_lives()
     void compart_few_arenas()
     int compart_limit_memory(unsigned long long budget)
+    cdef struct rlimit:
+        unsigned long rlim_cur
+        unsigned long rlim_max
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int c_getrlimit "getrlimit"(int which, rlimit *limit)
+    int c_poll "poll"(pollfd *wanted, unsigned long count, int milliseconds) nogil
+    int c_pipe2 "pipe2"(int *pair, int flags)
+    int c_fcntl "fcntl"(int fd, int command, int value)
+    int c_close "close"(int fd)
+    int O_CLOEXEC, O_NONBLOCK, F_SETFL, POLLIN
     int c_socketpair "socketpair"(int domain, int kind, int protocol, int *pair)
     long compart_seccomp(unsigned op, unsigned flags, void *arg)
     long compart_step(long step, long a, long b, long c, long d)
@@ -770,11 +785,76 @@ def limit_memory(unsigned long long budget):
     checked(compart_limit_memory(budget))
 
 
-def socketpair():
-    """socketpair(2): AF_UNIX, SOCK_SEQPACKET, close-on-exec. Returns two descriptors."""
+def pipes(int count, list readers, list writers):
+    """pipe2(2): `count` pipes, close-on-exec, the reading ends non-blocking. The caller's lists own them, also on an error."""
+    cdef int pair[2]
+    cdef int i
+    for i in range(count):
+        checked(c_pipe2(&pair[0], O_CLOEXEC))
+        readers.append(pair[0])
+        writers.append(pair[1])
+        checked(c_fcntl(pair[0], F_SETFL, O_NONBLOCK))
+
+
+def close_all(list descriptors):
+    """close(2) for each that is not negative; the list is emptied."""
+    cdef int number
+    for number in descriptors:
+        if number >= 0:
+            c_close(number)
+    descriptors.clear()
+
+
+def settle(list descriptors, int result, int pidfd, int milliseconds):
+    """What a parent does after a fork: close(2) the child's ends, then poll(2) until one of the two is readable.
+
+    In C: what Python touches here for the first time is copied, as the child still shares it, and while both copy they
+    hinder each other. True when `result` is readable; a signal ends the wait early.
+    """
+    cdef pollfd wanted[2]
+    close_all(descriptors)
+    wanted[0].fd = result
+    wanted[1].fd = pidfd
+    wanted[0].events = wanted[1].events = POLLIN
+    wanted[0].revents = wanted[1].revents = 0
+    if milliseconds:
+        with nogil:
+            c_poll(&wanted[0], 2, milliseconds)
+    return wanted[0].revents != 0
+
+
+cdef list forked_callbacks = []
+
+
+def _after_fork():
+    if not in_own_fork():
+        for callback in forked_callbacks:
+            callback()
+
+
+def at_fork(callback):
+    """fork(2): call `callback` in every child of this process but those that fork() here makes, which need none of it."""
+    if not forked_callbacks:
+        os.register_at_fork(after_in_child=_after_fork)
+    forked_callbacks.append(callback)
+
+
+def limits():
+    """getrlimit(2) of every resource, as bytes to compare."""
+    cdef rlimit all[16]
+    cdef int which
+    for which in range(16):
+        c_getrlimit(which, &all[which])
+    return PyBytes_FromStringAndSize(<char *>&all[0], sizeof(all))
+
+
+def socketpair(list ours, list theirs):
+    """socketpair(2): AF_UNIX, SOCK_SEQPACKET, close-on-exec; ours non-blocking. The caller's lists own them."""
     cdef int pair[2]
     checked(c_socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
-    return pair[0], pair[1]
+    ours.append(pair[0])
+    theirs.append(pair[1])
+    checked(c_fcntl(pair[0], F_SETFL, O_NONBLOCK))
 
 
 def close_range(unsigned int first, unsigned int last):

@@ -84,7 +84,7 @@ def _forked() -> None:
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forked)
+_sys.at_fork(_forked)
 Key = tuple[tuple[Grant, ...], tuple[tuple[int, int], ...], int]
 _made: dict[Key, Namespaces] = {}
 _refused: dict[str, str] = {}

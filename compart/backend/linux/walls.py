@@ -48,10 +48,6 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 MOST_SIGNALS = 256
 MOST_PLANS = 64
-LIMITED = (
-    resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK,
-    resource.RLIMIT_SIGPENDING, resource.RLIMIT_MSGQUEUE,
-)  # fmt: skip
 LAST = 0x7FFFFFFF
 RESOLVE = 0x08 | 0x02  # RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS (openat2(2))
 ARCHES = {"x86_64": syscalls.AUDIT_ARCH_X86_64, "aarch64": syscalls.AUDIT_ARCH_AARCH64}
@@ -77,6 +73,7 @@ class Written:
     first_names: tuple[tuple[str, str], ...]
     last: tuple[bytes, bytes]
     last_names: tuple[tuple[str, str], ...]
+    hosts_faulthandler: bool
 
 
 class Ruleset:
@@ -127,20 +124,14 @@ class Plan:
 
         A plan may serve several threads at once, so nothing of one call is kept in it but the last script and its key.
         """
-        key = (
-            channel,
-            tuple(self.moves),
-            self.cwd,
-            self.null,
-            _zone(),
-            [resource.getrlimit(which) for which in LIMITED],
-        )
+        hosts = faulthandler.is_enabled()
+        key = (channel, *self.moves, self.cwd, self.null, _zone(), _sys.limits(), hosts)
         kept = self.written
         # The same numbers come again in most calls, and so does the script.
         if kept is not None and kept[0] == key:
             return kept[1]
         first, last = write_script(self, channel), write_last(self)
-        made = Written(first.pack(), first.names(), last.pack(), last.names())
+        made = Written(first.pack(), first.names(), last.pack(), last.names(), hosts)
         self.written = (key, made)
         return made
 
@@ -258,8 +249,9 @@ class Linux:
         environ._data = environb._data = {}
         if plan.policy.env:
             environ.update(plan.policy.env)
-        # The host may have enabled it for itself, and its handlers were just taken away.
-        faulthandler.disable()
+        if script.hosts_faulthandler:
+            # Its handlers were just taken away.
+            faulthandler.disable()
         faulthandler.enable(2, True)
         if plan.layout.listener:
             faulthandler.unregister(notify.STACK_SIGNAL)
