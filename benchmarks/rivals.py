@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -103,20 +102,35 @@ def _run_python(*before: str) -> int:
 
 
 def warm_executor() -> Rival:
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=FORK)
+    executor = _executor()
     return lambda: executor.submit(answer).result()
 
 
 def warm_pool() -> Rival:
-    pool = FORK.Pool(1)
+    pool = _pool()
     return lambda: pool.apply(answer)
 
 
 def fresh_executor() -> Rival:
     """A new process for every task, which ProcessPoolExecutor does not do by fork."""
-    context = multiprocessing.get_context("forkserver")
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+    executor = _executor(multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
     return lambda: executor.submit(answer).result()
+
+
+AT_END: list[Callable[[], object]] = []
+"""What ends the processes that were started to wait."""
+
+
+def _executor(context: Any = FORK, **options: Any) -> concurrent.futures.ProcessPoolExecutor:
+    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, **options)
+    AT_END.append(executor.shutdown)
+    return executor
+
+
+def _pool() -> Any:
+    pool = FORK.Pool(1)
+    AT_END.append(pool.terminate)
+    return pool
 
 
 # ---- results: something large comes back -----------------------------------------------------------------------------
@@ -149,12 +163,12 @@ def result_by_compart(kind: str, size: int) -> Rival:
 
 
 def result_by_executor(kind: str, size: int) -> Rival:
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=FORK)
+    executor = _executor()
     return lambda: read_pages(executor.submit(held, kind, size).result())
 
 
 def result_by_pool(kind: str, size: int) -> Rival:
-    pool = FORK.Pool(1)
+    pool = _pool()
     return lambda: read_pages(pool.apply(held, (kind, size)))
 
 
@@ -262,12 +276,8 @@ def main() -> None:
     else:
         json.dump(take_turns(rivals, chosen.rounds), sys.stdout)
     del heap
-    sys.stdout.flush()
-    # The executors' threads and processes would be waited for one after the other.
-    for child in multiprocessing.active_children():
-        child.kill()
-    assert threading.current_thread() is threading.main_thread()
-    os._exit(0)
+    for end in AT_END:
+        end()
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class Lease(_sys.View):
             _give_back(piece)
 
 
-_lock = threading.Lock()
+# Reentrant: a garbage collection may give a piece back while one is being taken.
+_lock = threading.RLock()
 _free: list[Piece] = []
 
 
@@ -122,7 +123,7 @@ def trim() -> None:
 def _forked() -> None:
     # The mappings did not come along (MADV_DONTFORK), and the lock may be held by a thread that did not either.
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     for piece in _free:
         os.close(piece.descriptor)
     _free.clear()

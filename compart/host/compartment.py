@@ -471,13 +471,13 @@ class Compartment:
             # Dead, it cannot change what is read now.
             self.kill()
         memory: Any = self.leases.pop(0) if parts.places else None
-        if memory is not None and not self.finished:
-            self.used.append(memory)
+        if memory is not None and copy:
+            lent, memory = memory, bytes(memoryview(memory)[: sum(parts.places[-1])])
+            # Only now that it was copied may the compartment have the piece again.
+            self.used.append(lent)
         if self.loan_wanted is not None:
             wanted, self.loan_wanted = self.loan_wanted, None
             self._lend(wanted)
-        if parts.places and copy:
-            memory = bytes(memoryview(memory)[: sum(parts.places[-1])])
         made: list[Any] = []
         try:
             read = message.read_value(

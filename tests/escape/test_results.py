@@ -18,6 +18,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from compart import (
     EncodeError,
     Policy,
     ProtocolError,
+    RemoteError,
     Secret,
     ViolationError,
     _fast,
@@ -570,6 +572,38 @@ def test_what_is_told_of_a_refusal_steers_no_terminal() -> None:
     for said in (str(caught.value), *map(str, caught.value.violations)):
         assert all(letter.isprintable() or letter == "\n" for letter in said), ascii(said)
     assert all("\n" not in str(violation) for violation in caught.value.violations)
+
+
+def printable(said: str) -> bool:
+    return all(letter.isprintable() or letter in "\n\t" for letter in said)
+
+
+def test_what_is_told_of_an_exception_steers_no_terminal() -> None:
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
+    said = {
+        "type": f"module{evil}.Error",
+        "args": None,
+        "text": evil,
+        "notes": [evil],
+        "frames": [(f"/{evil}", 1, evil)],
+        "context": evil,
+        "attributes": {},
+    }
+    with pytest.raises(RemoteError) as caught:
+        confine(lambda: speak(message.RAISED, encoded(said)))()
+    shown = "".join(traceback.format_exception_only(caught.value)) + str(caught.value.__cause__)
+    assert printable(shown), ascii(shown)
+
+
+def test_what_is_told_of_a_death_steers_no_terminal() -> None:
+    def dies() -> None:
+        os.write(2, b"Fatal Python error: \x1b[2J\x07\xc2\x9b31m\n")
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    with pytest.raises(CompartmentDied) as caught:
+        confine(dies)()
+    assert "Fatal Python error" in str(caught.value)
+    assert printable(str(caught.value)), ascii(str(caught.value))
 
 
 def test_a_secret_is_not_in_a_compartment() -> None:

@@ -82,7 +82,7 @@ REFUSED = {
     "../secret.txt",
     "../tree/file.txt",
     "sub/../../secret.txt",
-    "sub/../../../../../../etc/passwd",
+    "sub/" + "../" * 40 + "etc/passwd",
     "..",
     "/etc/passwd",
     "//etc/passwd",

@@ -772,7 +772,7 @@ def test_a_value_that_breaks_the_protocol_after_a_file_leaves_nothing_open(path)
         return 1
 
     with open(path, "rb") as file:
-        with pytest.raises(ProtocolError, match="a descriptor that its value does not name"):
+        with pytest.raises(ProtocolError, match="announced 0 descriptors and sent 3|a descriptor that its value does not name"):
             sandboxed(lies)(file)
 
 
