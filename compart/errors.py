@@ -89,7 +89,7 @@ class RemoteError(CompartError):
     def __init__(self, type_name: str, text: str) -> None:
         self.type_name = type_name
         self.text = text
-        super().__init__(f"{type_name}: {text}" if text else type_name)
+        super().__init__(printable(f"{type_name}: {text}" if text else type_name, keep="\n\t"))
 
 
 class RemoteTraceback(Exception):
@@ -148,3 +148,13 @@ def signal_name(number: int) -> str:
         return _signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with every newline, escape sequence and invisible character as its escape, for a log or a terminal.
+
+    Letters in `keep` stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from compart.errors import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -60,13 +62,6 @@ class Violation:
         if self.suggestion:
             text += f"; to allow it: {self.suggestion}"
         return printable(text)
-
-
-def printable(text: str) -> str:
-    """The text with every newline, escape sequence and invisible character as its escape, for a log or a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 STRANGERS = ("path", "to", "address")

@@ -38,6 +38,7 @@ from compart.errors import (
     UnsupportedError,
     Usage,
     ViolationError,
+    printable,
     signal_name,
 )
 from compart.guest import worker
@@ -538,7 +539,7 @@ class Compartment:
             case message.RAISED:
                 raise self._raised(body)
             case message.UNENCODABLE:
-                raise EncodeError(body[:8000].decode(errors="replace"))
+                raise EncodeError(printable(body[:8000].decode(errors="replace")))
             case message.TOO_LARGE:
                 raise self._too_large()
             case message.WALL:
@@ -711,5 +712,5 @@ def open_buffered(raw: io.FileIO) -> Any:
 def _last_words(stderr: str) -> str:
     for line in stderr.splitlines():
         if line.startswith("Fatal Python error"):
-            return f" ({line})"
+            return f" ({printable(line[:500])})"
     return ""

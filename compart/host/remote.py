@@ -10,9 +10,8 @@ import linecache
 import sys
 from typing import TYPE_CHECKING, Any
 
-from compart.errors import ClosedError, NotCapableError, PolicyError, RemoteError, RemoteTraceback
+from compart.errors import ClosedError, NotCapableError, PolicyError, RemoteError, RemoteTraceback, printable
 from compart.message import Raised, builtin_exception
-from compart.violation import printable
 
 if TYPE_CHECKING:
     from compart.host.compartment import Call
@@ -22,7 +21,7 @@ def rebuild(said: Raised, call: Call) -> BaseException:
     """The exception to raise: a builtin one as itself, any other as RemoteError; the remote frames are its cause."""
     error = _builtin(said) or _ours(said) or RemoteError(said.type_name, said.text)
     for note in said.notes:
-        error.add_note(note)
+        error.add_note(printable(note, keep="\n\t"))
     error.__cause__ = traceback_of(said, call)
     return error
 

@@ -1,6 +1,7 @@
 """Awaiting a compartment: the event loop stays free, a cancellation kills and reaps before it propagates."""
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -91,13 +92,33 @@ def test_twenty_at_once():
 
 
 def test_twenty_at_once_wait_side_by_side():
-    async def main():
-        return await asyncio.gather(*(sleeps.aio(0.2) for _ in range(20)))
+    ready, here = os.pipe()
+    wait, go = os.pipe()
+    with os.fdopen(here, "wb", buffering=0) as here_file, os.fdopen(wait, "rb", buffering=0) as wait_file:
 
-    started = time.monotonic()
-    assert asyncio.run(main()) == ["slept"] * 20
-    # One after the other they would sleep for 4 s.
-    assert time.monotonic() - started < 4
+        @sandboxed(timeout=30)
+        def meets(here, wait):
+            here.write(b"x")
+            return wait.read(1)
+
+        async def main():
+            tasks = [asyncio.create_task(meets.aio(here_file, wait_file)) for _ in range(20)]
+            os.set_blocking(ready, False)
+            arrived = 0
+            while arrived < 20:
+                await asyncio.sleep(0.005)
+                assert not any(task.done() for task in tasks)
+                with contextlib.suppress(BlockingIOError):
+                    arrived += len(os.read(ready, 20))
+            # All of them are inside, and none could go on so far.
+            os.write(go, b"!" * 20)
+            return await asyncio.gather(*tasks)
+
+        try:
+            assert asyncio.run(main()) == [b"!"] * 20
+        finally:
+            os.close(ready)
+            os.close(go)
 
 
 def test_one_that_fails_leaves_the_others_alone():

@@ -471,7 +471,7 @@ def test_the_cpu_limit_is_told():
 
 
 def test_sleeping_uses_no_cpu():
-    assert sandboxed(lambda: time.sleep(0.15), cpu=0.1)() is None
+    assert sandboxed(lambda: time.sleep(0.35), cpu=0.3)() is None
 
 
 def test_the_memory_limit_is_told():

@@ -112,6 +112,7 @@ def opens_it_again_and_overwrites(address: int) -> None:
     ctypes.memset(address, ord("x"), SIZE)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_plain_child_can_write_to_what_the_host_shares(shared: Shared) -> None:
     """The attack works without compart."""
     pid = os.fork()

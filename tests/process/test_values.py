@@ -36,7 +36,13 @@ from compart import (
 from tests.process import annotated
 from tests.process.annotated import Colour, Font, Page, Point, Style
 
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
 pytestmark = pytest.mark.usefixtures("leak_check")
+needs_numpy = pytest.mark.skipif(numpy is None, reason="NumPy is not installed")
 
 
 @sandboxed
@@ -594,8 +600,6 @@ def test_a_compartment_that_asks_for_too_much_memory_is_stopped():
 # ---------------------------------------------------------------------------------------------------------------------- NumPy
 
 
-numpy = pytest.importorskip("numpy")
-
 ARRAYS = {
     "integers": lambda: numpy.arange(6).reshape(2, 3),
     "columns first": lambda: numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3)),
@@ -618,6 +622,7 @@ ARRAYS = {
 }
 
 
+@needs_numpy
 @pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS.keys())
 def test_an_array_comes_back_as_an_array_when_the_annotation_says_so(make):
     def named() -> numpy.ndarray:
@@ -630,6 +635,7 @@ def test_an_array_comes_back_as_an_array_when_the_annotation_says_so(make):
     assert not came.flags.writeable
 
 
+@needs_numpy
 @pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS.keys())
 def test_an_array_comes_back_as_a_buffer_otherwise(make):
     came, was = sandboxed(make)(), make()
@@ -640,6 +646,7 @@ def test_an_array_comes_back_as_a_buffer_otherwise(make):
     assert not seen.size or numpy.shares_memory(seen, numpy.asarray(came))
 
 
+@needs_numpy
 def test_an_array_in_a_record_and_in_a_generic_annotation():
     def listed() -> list[numpy.typing.NDArray[numpy.float64]]:
         return [numpy.arange(3.0)]
@@ -649,6 +656,7 @@ def test_an_array_in_a_record_and_in_a_generic_annotation():
     assert came.tolist() == [0, 1, 2]
 
 
+@needs_numpy
 def test_an_array_outlives_its_call_unchanged():
     def big() -> numpy.ndarray:
         return numpy.full(100_000, 7)
@@ -659,6 +667,7 @@ def test_an_array_outlives_its_call_unchanged():
     assert (kept == 7).all()
 
 
+@needs_numpy
 @pytest.mark.parametrize(
     "make",
     [
@@ -679,6 +688,7 @@ def test_arrays_of_anything_but_numbers_are_refused(make):
     assert carried(named).startswith("result[0]: <class 'numpy.ndarray'> cannot leave a compartment; ")
 
 
+@needs_numpy
 def test_a_single_number_of_numpy_is_refused_with_its_remedy():
     assert carried(lambda: [numpy.float64(1.5)]).endswith("use .item()")
 
@@ -772,7 +782,9 @@ def test_a_value_that_breaks_the_protocol_after_a_file_leaves_nothing_open(path)
         return 1
 
     with open(path, "rb") as file:
-        with pytest.raises(ProtocolError, match="announced 0 descriptors and sent 3|a descriptor that its value does not name"):
+        with pytest.raises(
+            ProtocolError, match=r"announced 0 descriptors and sent 3|a descriptor that its value does not name"
+        ):
             sandboxed(lies)(file)
 
 

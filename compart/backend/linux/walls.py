@@ -320,6 +320,11 @@ _loaded_zone = ""
 def write_last(plan: Plan) -> Script:
     """The child's last steps, after which only what the filter allows is possible."""
     script = Script(plan.arch)
+    # Last, as until now numbers above it are still moved about. The hard limit stays: the host lifts the soft one for a
+    # moment when it installs a copy of a granted descriptor. No call that changes a limit passes the filter.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limits = struct.pack("=qq", plan.policy.open_files, hard)
+    script.add("rlimits", "prlimit64", 0, resource.RLIMIT_NOFILE, limits, 0)
     script.add("seccomp", "install_trap")
     # Told even without a listener: from now on nothing that it says of its walls is believed.
     script.add("seccomp", "seccomp_tell", plan.program, len(plan.program) // 8, plan.flags, CONTROL)
@@ -399,9 +404,6 @@ def _limit(script: Script, policy: Policy) -> None:
     seconds = cpu_seconds(policy)
     if seconds is not None:
         put(resource.RLIMIT_CPU, seconds, seconds + 1)
-    # The hard limit stays: the host lifts the soft one for a moment when it installs a copy of a granted descriptor.
-    # No call that changes a limit passes the filter.
-    put(resource.RLIMIT_NOFILE, policy.open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     put(resource.RLIMIT_CORE, 0)
     put(resource.RLIMIT_MEMLOCK, 0)
     put(resource.RLIMIT_SIGPENDING, MOST_SIGNALS)
