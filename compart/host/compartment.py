@@ -408,7 +408,12 @@ class Compartment:
     @property
     def stillborn(self) -> bool:
         """Whether it was ended because another thread of the host held a lock of malloc at the moment of the fork."""
-        return self.died is not None and self.died[:2] == (CLD_KILLED, signal.SIGALRM) and not _sys.fork_runs_handlers()
+        if self.died is None or self.died[:2] != (CLD_KILLED, signal.SIGALRM) or _sys.fork_runs_handlers():
+            return False
+        while self._control():
+            pass
+        # Later than that its own code may have run, and ended itself.
+        return not self.walls_stand
 
     @property
     def usage(self) -> Usage:

@@ -373,7 +373,9 @@ def test_handlers_of_the_host_do_not_run_inside():
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     try:
-        with pytest.raises(CompartmentDied, match="SIGUSR1"):
+        # Without a listener nobody can see that the signal is for itself, and it is refused.
+        ends = CompartmentDied if compart.enforcement()["listener"].up else PermissionError
+        with pytest.raises(ends):
             sandboxed(lambda: os.kill(os.getpid(), signal.SIGUSR1))()
         assert heard == []
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -44,6 +44,7 @@ QUIET = (
     "/sys/devices/system/cpu/online",
     "/sys/devices/system/cpu/possible",
     "/proc/stat",
+    "/proc/self/stat",
     "/proc/sys/vm/overcommit_memory",
 )
 """Refused like any other, but not told: the C library and malloc ask these and do right without an answer."""

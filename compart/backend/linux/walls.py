@@ -404,7 +404,9 @@ def _limit(script: Script, policy: Policy) -> None:
     seconds = cpu_seconds(policy)
     if seconds is not None:
         put(resource.RLIMIT_CPU, seconds, seconds + 1)
-    put(resource.RLIMIT_CORE, 0)
+    # Not 0: a core_pattern that is a pipe does not look at the limit unless it is exactly 1 (core(5)), and a file of 1 byte
+    # is not written either.
+    put(resource.RLIMIT_CORE, 1)
     put(resource.RLIMIT_MEMLOCK, 0)
     put(resource.RLIMIT_SIGPENDING, MOST_SIGNALS)
     put(resource.RLIMIT_MSGQUEUE, 0)
