@@ -3,8 +3,8 @@
     python -m benchmarks.ratios [--quick] [--json FILE]
     python -m benchmarks.ratios --where
 
-Rivals take turns in one host process (A B C, A B C, ...; see rivals.py), so a ratio of two calls of the same round is worth
-something on a busy machine too, where the times themselves are not. Shown are medians with quartiles, of the times and of
+compart and a rival take turns in one host process (A B, B A, ...; see rivals.py), so a ratio of two calls of the same round
+is worth something on a busy machine too, where the times themselves are not. Shown are medians with quartiles, of the times and of
 the ratios. `--where` tells instead what one fresh call spends its time on.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,35 +43,39 @@ class Row:
 
 def measure(quick: bool) -> Iterator[Row]:
     """Every row, as soon as it is measured."""
+    few = 5 if quick else 1
     for heap, size in rivals.HEAPS.items():
-        rounds = (60 if size < 1000 else 15) // (4 if quick else 1)
-        samples = run("fresh", rounds, size)
-        for rival in samples:
-            if rival != "compart":
-                target = 1.3 if rival == "os.fork" and not size else None
-                yield row(f"a fresh process, {heap} heap", rival, samples, target=target)
-    samples = run("pooled", 8 if quick else 40)
-    for rival in samples:
-        if rival != "compart":
-            yield row("compart fresh, the other waiting", rival, samples)
+        for rival in peers("fresh"):
+            target = 1.3 if rival == "os.fork" and not size else None
+            rounds = {0: 150, 100: 50}.get(size, 15) // few
+            yield row(f"a fresh process, {heap} heap", rival, run("fresh", rival, rounds, size), target=target)
+    for rival in peers("pooled"):
+        yield row("compart fresh, the other waiting", rival, run("pooled", rival, 50 // few))
     for kind in rivals.KINDS:
         for size in rivals.SIZES:
-            samples = run(f"result:{kind}:{size}", 5 if quick else 20)
-            for rival in samples:
-                if rival != "compart":
-                    wanted = (kind, size, rival) == ("array", "64 MB", "ProcessPoolExecutor")
-                    yield row(
-                        f"a result of {size}, {kind}", rival, samples, faster=True, target=8.0 if wanted else None
-                    )
+            group = f"result:{kind}:{size}"
+            for rival in peers(group):
+                wanted = (kind, size, rival) == ("array", "64 MB", "ProcessPoolExecutor")
+                samples = run(group, rival, 25 // few)
+                yield row(f"a result of {size}, {kind}", rival, samples, faster=True, target=8.0 if wanted else None)
     for structure in rivals.STRUCTURES:
-        samples = run(f"codec:{structure}", 50 if quick else 300)
-        yield row(f"encode and decode {structure}", "pickle5", samples, target=1.0)
+        for rival in peers(f"codec:{structure}"):
+            samples = run(f"codec:{structure}", rival, 300 // few)
+            yield row(f"encode and decode {structure}", rival, samples, target=1.0)
 
 
-def run(group: str, rounds: int, heap: int = 0) -> dict[str, list[int]]:
-    """The samples of a group, from a host process of its own."""
-    command = [sys.executable, "-m", "benchmarks.rivals", group, "--heap", str(heap), "--rounds", str(max(rounds, 3))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+def peers(group: str) -> list[str]:
+    """The rivals of a group that are to be had here."""
+    absent = set() if shutil.which("bwrap") else {"bubblewrap"}
+    return [name for name in rivals.names(group) if name != "compart" and name not in absent]
+
+
+def run(group: str, rival: str, rounds: int, heap: int = 0) -> dict[str, list[int]]:
+    """The samples of compart and one rival, from a host process of their own."""
+    options = ["--heap", str(heap), "--rounds", str(max(rounds, 3)), "--only", "compart", "--only", rival]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.rivals", group, *options], stdout=subprocess.PIPE, check=True
+    )
     samples: dict[str, list[int]] = json.loads(done.stdout)
     return samples
 

@@ -3,7 +3,7 @@
     python -m benchmarks.rivals --heap 100 --rounds 50 fresh
 
 prints the nanoseconds of every call as JSON. One host process runs one group with one size of heap, so that neither the
-threads of an executor nor a large heap weighs on calls that have nothing to do with them. Within a group the rivals take
+threads of an executor nor a large heap weighs on calls that have nothing to do with them. Within a host the rivals take
 turns, so that what else the machine does falls on all alike.
 """
 
@@ -18,8 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-import numpy
 
 from compart import sandboxed
 
@@ -81,6 +79,18 @@ def _send_answer(theirs: Any) -> None:
     theirs.send(answer())
 
 
+def fresh_executor() -> Rival:
+    """A new executor with a process for one task. For that it does not fork its caller but a server, which is kept."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["compart"])
+
+    def call() -> object:
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as executor:
+            return executor.submit(answer).result()
+
+    return call
+
+
 def subprocess_python() -> Rival:
     return lambda: _run_python()
 
@@ -111,18 +121,12 @@ def warm_pool() -> Rival:
     return lambda: pool.apply(answer)
 
 
-def fresh_executor() -> Rival:
-    """A new process for every task, which ProcessPoolExecutor does not do by fork."""
-    executor = _executor(multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
-    return lambda: executor.submit(answer).result()
-
-
 AT_END: list[Callable[[], object]] = []
 """What ends the processes that were started to wait."""
 
 
-def _executor(context: Any = FORK, **options: Any) -> concurrent.futures.ProcessPoolExecutor:
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, **options)
+def _executor() -> concurrent.futures.ProcessPoolExecutor:
+    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=FORK)
     AT_END.append(executor.shutdown)
     return executor
 
@@ -144,8 +148,10 @@ def held(kind: str, size: int) -> Any:
 
 
 def _hold(kind: str, size: int) -> None:
-    if (kind, size) not in HELD:
-        HELD[kind, size] = b"\x5a" * size if kind == "bytes" else numpy.full(size // 8, 1.5)
+    # Not at the top: NumPy's library and threads would weigh on every fork, and the small host would be small no more.
+    import numpy
+
+    HELD[kind, size] = b"\x5a" * size if kind == "bytes" else numpy.full(size // 8, 1.5)
 
 
 def read_pages(value: Any) -> int:
@@ -153,11 +159,12 @@ def read_pages(value: Any) -> int:
     return len(bytes(memoryview(value).cast("B")[::PAGE]))
 
 
-def array(kind: str, size: int) -> numpy.ndarray:
-    return HELD[kind, size]
-
-
 def result_by_compart(kind: str, size: int) -> Rival:
+    import numpy
+
+    def array(kind: str, size: int) -> numpy.ndarray:
+        return HELD[kind, size]
+
     call = sandboxed(held if kind == "bytes" else array)
     return lambda: read_pages(call(kind, size))
 
@@ -189,6 +196,7 @@ FRESH: dict[str, Callable[[], Rival | None]] = {
     "compart": compart,
     "os.fork": bare_fork,
     "multiprocessing.Process": multiprocessing_process,
+    "ProcessPoolExecutor, max_tasks_per_child=1": fresh_executor,
     "subprocess": subprocess_python,
     "bubblewrap": bubblewrap,
 }
@@ -196,7 +204,6 @@ POOLED: dict[str, Callable[[], Rival | None]] = {
     "compart": compart,
     "ProcessPoolExecutor": warm_executor,
     "multiprocessing.Pool": warm_pool,
-    "ProcessPoolExecutor, max_tasks_per_child=1": fresh_executor,
 }
 RESULTS = {
     "compart": result_by_compart,
@@ -242,10 +249,11 @@ def touched(mebibytes: int) -> bytearray:
 
 
 def take_turns(rivals: dict[str, Rival], rounds: int) -> dict[str, list[int]]:
-    """Nanoseconds of each call: A B C, A B C, ... The first two rounds warm up and are not counted."""
+    """Nanoseconds of each call: A B, B A, A B, ... The first two rounds warm up and are not counted."""
     samples: dict[str, list[int]] = {name: [] for name in rivals}
+    turns = list(rivals.items())
     for number in range(rounds + 2):
-        for name, rival in rivals.items():
+        for name, rival in turns if number % 2 else reversed(turns):
             start = time.perf_counter_ns()
             rival()
             spent = time.perf_counter_ns() - start

@@ -38,6 +38,8 @@ _READABLE = (
     "/proc/sys/vm/overcommit_memory",
     "/sys/kernel/mm/transparent_hugepage/enabled",
     "/sys/devices/system/cpu/online",
+    "/sys/devices/system/cpu/possible",
+    "/proc/stat",
     "/dev/zero",
     "/dev/urandom",
     "/dev/random",
@@ -47,7 +49,13 @@ _READABLE = (
 
 
 # The C library asks these by itself and does without: refused like the rest, and not worth a violation.
-_ASKED_BY_LIBC = ("/proc/sys/vm/overcommit_memory", "/sys/devices/system/cpu/online")
+_ASKED_BY_LIBC = (
+    "/proc/stat",
+    "/proc/self/stat",
+    "/proc/sys/vm/overcommit_memory",
+    "/sys/devices/system/cpu/online",
+    "/sys/devices/system/cpu/possible",
+)
 
 
 def _title(path: str) -> str:

@@ -585,6 +585,23 @@ def test_a_compartment_that_promises_more_than_the_limit_is_stopped():
         sandboxed(promises, result_bytes="64K", timeout=20)()
 
 
+def test_a_compartment_that_fills_more_of_what_it_was_lent_than_the_limit_is_stopped():
+    def lies():
+        from compart import _fast, message
+
+        buffers = []
+        body = _fast.encode(memoryview(bytes(300_000)), message.EMPTY, 1 << 30, inline=1000, buffers=buffers)
+        places, room = message.layout([300_000])
+        _fast.send_fds(481, b"A" + (100_000).to_bytes(8, "little"), [])
+        answer, _ = _fast.recv_fds(481, 64, 1)
+        assert int.from_bytes(answer[1:9], "little") >= room  # lent in large pieces
+        _fast.write_frame(480, message.VALUE, message.prefix(places, 0), body)
+        os._exit(0)
+
+    with pytest.raises(ProtocolError, match="more than result_bytes=100000"):
+        sandboxed(lies, result_bytes=100_000)()
+
+
 def test_a_compartment_that_asks_for_too_much_memory_is_stopped():
     def asks():
         from compart import _fast
