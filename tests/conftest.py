@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import contextlib
 import gc
 import os
 import threading
@@ -29,7 +30,8 @@ def left_behind():
         if not target.startswith(KEPT):
             held[target.split(":")[0] if target.startswith(("pipe:", "socket:")) else target] += 1
     for task in Path("/proc/self/task").iterdir():
-        held.update(f"child {pid}" for pid in (task / "children").read_text().split())
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            held.update(f"child {pid}" for pid in (task / "children").read_text().split())
     held.update(f"thread {thread.name}" for thread in threading.enumerate() if not thread.name.startswith("compart"))
     return held
 

@@ -1,5 +1,6 @@
 """Each limit ends what goes beyond it, and the error names the limit, its value and what was used."""
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -409,6 +410,24 @@ def test_so_many_files_may_be_open_and_no_more() -> None:
 
     # Descriptors 0, 1 and 2 are among the compartment's own.
     assert sandboxed(counts, open_files=20)() == 17
+
+
+@pytest.mark.parametrize("mode", ["r", "rb", "r+", "r+b"])
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "raw"])
+def test_a_file_with_a_high_number_in_the_host_can_be_handed_over(mode: str, buffering: int, tmp_path: Path) -> None:
+    """The limit is on what the compartment opens itself; a busy host's files have numbers beyond it."""
+    if buffering == 0 and "b" not in mode:
+        pytest.skip("text is buffered")
+    path = tmp_path / "file"
+    path.write_text("content")
+    with contextlib.ExitStack() as many:
+        for _ in range(80):
+            many.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+        file = many.enter_context(open(path, mode, buffering))
+        assert file.fileno() >= 64
+        for fields in ({}, {"open_files": 8}):
+            file.seek(0)
+            assert sandboxed(lambda file: len(file.read()), **fields)(file) == 7
 
 
 def test_an_error_of_another_kind_has_no_note_of_the_limit() -> None:
