@@ -412,12 +412,9 @@ def test_so_many_files_may_be_open_and_no_more() -> None:
     assert sandboxed(counts, open_files=20)() == 17
 
 
-@pytest.mark.parametrize("mode", ["r", "rb", "r+", "r+b"])
-@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "raw"])
+@pytest.mark.parametrize(("mode", "buffering"), [("r", -1), ("rb", -1), ("r+", -1), ("r+b", -1), ("rb", 0), ("r+b", 0)])
 def test_a_file_with_a_high_number_in_the_host_can_be_handed_over(mode: str, buffering: int, tmp_path: Path) -> None:
     """The limit is on what the compartment opens itself; a busy host's files have numbers beyond it."""
-    if buffering == 0 and "b" not in mode:
-        pytest.skip("text is buffered")
     path = tmp_path / "file"
     path.write_text("content")
     with contextlib.ExitStack() as many:

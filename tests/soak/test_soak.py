@@ -19,14 +19,17 @@ from typing import Any
 
 import pytest
 
+import compart
 from compart import (
     Buffer,
     CompartmentDied,
     CompartmentTimeout,
+    Directory,
     EncodeError,
     MemoryLimitError,
     ProtocolError,
     RemoteError,
+    UnsupportedError,
     ViolationError,
     sandboxed,
 )
@@ -118,6 +121,21 @@ def file(chance: random.Random) -> None:
         assert sandboxed(reads)(opened) == expected
 
 
+def directory(chance: random.Random) -> None:
+    with Directory(os.path.dirname(__file__)) as given:
+        if "namespaces" in compart.enforcement().up:
+            assert os.path.basename(__file__) in sandboxed(lambda inside: list(inside.iterdir()))(given)
+        else:
+            with pytest.raises(UnsupportedError, match="namespaces"):
+                sandboxed(lambda inside: list(inside.iterdir()))(given)
+
+
+def output(chance: random.Random) -> None:
+    lines, width = chance.randrange(100), chance.randrange(1000)
+    outcome = sandboxed(lambda: [print("x" * width) for _ in range(lines)] and lines).run()
+    assert outcome.stdout == ("x" * width + "\n") * lines
+
+
 def exception(chance: random.Random) -> None:
     how, kind = chance.choice([("builtin", KeyError), ("own", RemoteError)])
     with pytest.raises(kind, match=how):
@@ -167,7 +185,8 @@ def cancelled(chance: random.Random) -> None:
 
 
 KINDS: list[tuple[Callable[[random.Random], None], int]] = [
-    (value, 30), (big_value, 15), (stream, 10), (stream_of_blocks, 4), (file, 10), (exception, 8), (violation, 8),
+    (value, 30), (big_value, 15), (stream, 10), (stream_of_blocks, 4), (file, 10), (directory, 5), (output, 5),
+    (exception, 8), (violation, 8),
     (death, 10), (awaited, 4), (cancelled, 1),
 ]  # fmt: skip
 
