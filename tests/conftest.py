@@ -30,7 +30,7 @@ def left_behind():
         if not target.startswith(KEPT):
             held[target.split(":")[0] if target.startswith(("pipe:", "socket:")) else target] += 1
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
             held.update(f"child {pid}" for pid in (task / "children").read_text().split())
     held.update(f"thread {thread.name}" for thread in threading.enumerate() if not thread.name.startswith("compart"))
     return held

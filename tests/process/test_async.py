@@ -20,7 +20,10 @@ pytestmark = pytest.mark.usefixtures("leak_check")
 def children():
     found = []
     for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children") as listed:
+        with (
+            contextlib.suppress(FileNotFoundError, ProcessLookupError),
+            open(f"/proc/self/task/{task}/children") as listed,
+        ):
             found += map(int, listed.read().split())
     return found
 

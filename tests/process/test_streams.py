@@ -205,7 +205,10 @@ def test_closing_kills():
 def open_children():
     found = []
     for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children") as children:
+        with (
+            contextlib.suppress(FileNotFoundError, ProcessLookupError),
+            open(f"/proc/self/task/{task}/children") as children,
+        ):
             found += map(int, children.read().split())
     return [pid for pid in found if not is_tracker(pid)]
 
