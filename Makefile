@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 .PHONY: demo test build lint bench fuzz soak test-all clean
 
 demo: build
-	$(BIN)/python -m examples.demo
+	$(BIN)/python examples/demo.py
 
 test: build lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
